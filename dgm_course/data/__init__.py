@@ -1,0 +1,96 @@
+"""Real images without a network: balanced cuts of MNIST and Fashion-MNIST, shipped as parquet in this folder.
+
+Each cut holds the first 1,000 images of each class of the training set and the first 200 of the test set, in their
+original order. `NOTICE.md` has their sources and licences, `hashes.json` their SHA-256 sums.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["NAMES", "content_hash", "images", "load"]
+
+FOLDER = Path(__file__).parent
+NAMES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}  # with their names on the hub
+SPLITS = ("train", "test")
+
+
+def load(name: str, split: str = "train", source: str | Path | None = None):
+    """The images and labels of one split, as a `datasets.Dataset` with the columns `image` and `label`.
+
+    Arguments:
+        name: "mnist" or "fashion_mnist".
+        split: "train" (10,000 images in the embedded cut) or "test" (2,000).
+        source: None for the embedded cut; "hub" for the full set from the Hugging Face hub (needs a network); or a
+            folder with the full set as `<name>/<split>.parquet`.
+
+    Raises:
+        ValueError: If the name or the split is unknown, or the embedded file is not the one that was shipped.
+        FileNotFoundError: If the folder has no such file.
+
+    Example:
+        >>> digits = load("mnist", "test")
+        >>> len(digits), digits.column_names
+        (2000, ['image', 'label'])
+    """
+    if name not in NAMES:
+        raise ValueError(f"name must be one of {', '.join(NAMES)}; got {name!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    import datasets  # slow to import, so only where it is needed
+
+    if source == "hub":
+        return datasets.load_dataset(NAMES[name], split=split)
+    if source is None:
+        file = FOLDER / f"{name}-{split}.parquet"
+        _verify(file)
+    else:
+        file = Path(source) / name / f"{split}.parquet"
+        if not file.is_file():
+            raise FileNotFoundError(f"source must be None, 'hub' or a folder with {name}/{split}.parquet; there is no {file}")
+    import pyarrow.parquet
+
+    try:  # through Arrow, in memory: `Dataset.from_parquet` would leave a copy in a cache folder of the user's home
+        return datasets.Dataset(pyarrow.parquet.read_table(file)).select_columns(["image", "label"])
+    except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
+        raise ValueError(f"{file} is no parquet file with the columns image and label: {error}") from error
+
+
+def images(dataset, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """All images of a dataset as kernels want them, and their labels.
+
+    Arguments:
+        dataset: What `load` returns, or a part of it.
+
+    Returns:
+        Images, float32 (B, 1, 28, 28) in [−1, 1], and labels, int64 (B,).
+
+    Example:
+        >>> x, y = images(load("mnist", "test").select(range(3)))
+        >>> x.shape, x.min().item(), x.max().item(), y.dtype
+        (torch.Size([3, 1, 28, 28]), -1.0, 1.0, torch.int64)
+    """
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in dataset["image"]]))
+    x = pixels[:, None].to(device, torch.float32) / 127.5 - 1
+    return x, torch.tensor(dataset["label"], device=device)
+
+
+def content_hash(x: Tensor, y: Tensor) -> str:
+    """SHA-256 of images and labels as 8-bit numbers: the same for every file format that holds the same images."""
+    digest = hashlib.sha256()
+    digest.update(((x.cpu() + 1) * 127.5).round().to(torch.uint8).numpy().tobytes())
+    digest.update(y.cpu().to(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _verify(file: Path) -> None:
+    expected = json.loads((FOLDER / "hashes.json").read_text())[file.name]
+    if not file.is_file():
+        raise FileNotFoundError(f"the embedded file {file} is missing; reinstall dgm-course")
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != expected:
+        raise ValueError(f"{file} is damaged: its SHA-256 is {found[:12]}…, shipped was {expected[:12]}…; reinstall dgm-course")

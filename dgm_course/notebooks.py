@@ -1,0 +1,177 @@
+"""Notebooks as files: execute them, build them from their sources, and tell whether a built one is stale.
+
+Needs the extra `dev`; the packages are imported inside the functions, so that the command line starts
+fast, and without them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["NotebookError", "build", "execute", "from_source", "stale"]
+
+STATE_LIMIT = 300_000  # bytes of widget state that a stored notebook may carry
+
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {
+        "name": "python",
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "pygments_lexer": "ipython3",
+    },
+}
+
+
+class NotebookError(RuntimeError):
+    """A notebook that did not run to its end: which cell, its first line, and the last lines of the traceback."""
+
+
+def needs_dev(error: ImportError) -> NotebookError:
+    """The sentence that helps when the extra `dev` is not installed."""
+    return NotebookError(f"{error.name} is not installed; executing notebooks needs: pip install 'dgm-course[dev]'")
+
+
+def execute(path: str | Path, timeout: float = 300):
+    """Run a notebook from top to bottom in this Python, and return it with its outputs; the file is left as it is.
+
+    Arguments:
+        path: The .ipynb file. The kernel works in its folder.
+        timeout: Seconds that one cell may take.
+
+    Raises:
+        NotebookError: If a cell fails or takes too long; names the cell.
+    """
+    try:
+        import nbformat
+    except ImportError as error:
+        raise needs_dev(error) from error
+    path = Path(path)
+    return run_cells(nbformat.read(path, as_version=4), path.stem, path.parent, timeout)
+
+
+def run_cells(notebook, name: str, folder: Path, timeout: float):
+    """Run a notebook node in `folder`; the same node comes back with fresh outputs."""
+    try:
+        from jupyter_client.manager import AsyncKernelManager
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    except ImportError as error:
+        raise needs_dev(error) from error
+    reached = []
+    # Sockets in a folder of their own rather than TCP ports: private, and there even where no network is, not a loopback.
+    private = tempfile.TemporaryDirectory()
+    sockets = {} if os.name == "nt" else {"transport": "ipc", "ip": f"{private.name}/kernel"}
+    client = NotebookClient(
+        notebook,
+        km=AsyncKernelManager(kernel_spec_manager=this_python(), **sockets),
+        timeout=timeout,
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+        on_cell_execute=lambda cell, cell_index: reached.append(cell_index),
+    )
+    # A progress bar is for who waits: in a stored output or on a page it is a dead widget, or noise.
+    env = {**os.environ, "TQDM_DISABLE": "1"}
+    env.pop("MPLBACKEND", None)  # the kernel's own choice puts figures into the notebook
+    try:
+        with private:
+            client.execute(env=env, cleanup_kc=True)
+    except CellExecutionError as error:
+        raise NotebookError(failure(notebook, name, reached, error.traceback)) from error
+    except (CellTimeoutError, DeadKernelError) as error:
+        why = f"took longer than {timeout:g} s" if isinstance(error, CellTimeoutError) else "the kernel died"
+        raise NotebookError(failure(notebook, name, reached, why)) from error
+    return notebook
+
+
+def this_python():
+    """A kernel-spec manager that knows one kernel, this very Python, whatever is registered on the machine."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+
+    class ThisPython(KernelSpecManager):
+        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+            return KernelSpec(**get_kernel_dict())
+
+    return ThisPython()
+
+
+def failure(notebook, name: str, reached: list[int], traceback: str) -> str:
+    """A message that names the cell: its number among all cells, its first line, and how the traceback ends."""
+    index = reached[-1] if reached else 0
+    first = (notebook.cells[index].source.strip().splitlines() or [""])[0]
+    plain = re.sub(r"\x1b\[[0-9;]*m|^-+$", "", traceback, flags=re.MULTILINE).strip().splitlines()
+    return "\n".join([f"{name}: cell {index + 1} failed: {first}", *(f"    {line}".rstrip() for line in plain[-6:])])
+
+
+def from_source(source: str | Path):
+    """The unexecuted notebook of a jupytext py:percent file, with ids made of each cell's place and content."""
+    try:
+        import jupytext
+        import nbformat
+    except ImportError as error:
+        raise needs_dev(error) from error
+    notebook = jupytext.read(source, fmt="py:percent")
+    for index, cell in enumerate(notebook.cells):
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()
+        cell.id = f"{index:03d}-{digest[:8]}"
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return notebook
+
+
+def build(source: str | Path, folder: str | Path, timeout: float = 300) -> Path:
+    """Make the executed `folder/NN_topic.ipynb` from `NN_topic.py`; it is written only if every cell ran.
+
+    Raises:
+        NotebookError: If a cell fails.
+    """
+    notebook = from_source(source)
+    target = Path(folder) / f"{Path(source).stem}.ipynb"
+    run_cells(notebook, target.stem, target.parent, timeout)
+    state = notebook.metadata.get("widgets", {})
+    notebook.metadata = {**METADATA, **({"widgets": state} if 0 < len(json.dumps(state)) - 2 <= STATE_LIMIT else {})}
+    write(notebook, target)
+    return target
+
+
+def write(notebook, target: Path) -> None:
+    """Write a notebook through a temporary file, so that an interruption leaves the old one whole."""
+    import nbformat
+
+    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".part")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        nbformat.write(nbformat.from_dict(notebook), file)
+    os.chmod(name, 0o644)
+    os.replace(name, target)
+
+
+def stale(source: str | Path, built: str | Path) -> list[str]:
+    """How the cells of a built notebook differ from its source, one sentence each; outputs are never looked at.
+
+    Compares the type, the text, the tags and the id of each cell. An empty list means up to date.
+    """
+    import nbformat
+
+    if not Path(built).is_file():
+        return [f"{built} does not exist"]
+    return list(differences(from_source(source).cells, nbformat.read(built, as_version=4).cells))
+
+
+def differences(wanted: list, found: list) -> Iterator[str]:
+    """One sentence for each cell of `found` that is not the one in `wanted`."""
+    if len(wanted) != len(found):
+        yield f"the source has {len(wanted)} cells, the notebook {len(found)}"
+    for number, (a, b) in enumerate(zip(wanted, found, strict=False), start=1):
+        for what, left, right in [
+            ("type", a.cell_type, b.cell_type),
+            ("text", a.source, b.source),
+            ("tags", a.metadata.get("tags", []), b.metadata.get("tags", [])),
+            ("id", a.id, b.get("id")),
+        ]:
+            if left != right:
+                yield f"cell {number}: the {what} differs"

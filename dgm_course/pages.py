@@ -1,0 +1,126 @@
+"""Executed notebooks as web pages that load nothing: style, formulas and figures are inside each file."""
+
+import html
+import re
+from pathlib import Path
+from string import Template
+
+from dgm_course.notebooks import needs_dev
+
+__all__ = ["write_index", "write_page"]
+
+ASSETS = Path(__file__).parent / "assets"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PROGRESS = re.compile(r"\d+%\|.*|\d+it \[|\r")  # what tqdm writes to a console
+HEADING = re.compile(r'<h([23])[^>]*\bid="([^"]*)"[^>]*>(.*?)</h\1>', re.DOTALL)
+REMOTE = re.compile(
+    r"<(script|link|img|iframe|source|video|audio)\b[^>]*\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</\1>)?",
+    re.IGNORECASE,
+)
+NEIGHBOUR = re.compile(r'(<a\b[^>]*\bhref=")((?:\./)?[^":/#]+)\.ipynb(["#])')
+
+
+def write_page(notebook, target: str | Path, folder: str | Path = ".") -> Path:
+    """Write an executed notebook as one HTML file that shows the same without a network.
+
+    Widgets are shown by their `text/html` fallback; outputs that are a live widget only, and progress bars, are left
+    out. Links between notebooks become links between pages. The page forbids the browser every outside request.
+
+    Arguments:
+        notebook: A notebook node, as `notebooks.execute` returns it.
+        target: The .html file.
+        folder: Where images that the text names by a relative path are found; they are put into the page.
+    """
+    try:
+        from nbconvert import HTMLExporter
+    except ImportError as error:
+        raise needs_dev(error) from error
+    exporter = HTMLExporter(
+        template_name="basic",
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        exclude_anchor_links=True,
+        embed_images=True,
+    )
+    body, _ = exporter.from_notebook_node(for_reading(notebook), {"metadata": {"path": str(folder)}})
+    body = NEIGHBOUR.sub(r"\1\2.html\3", REMOTE.sub("", body))
+    contents = "\n".join(
+        f'<li class="h{level}"><a href="#{anchor}">{text}</a></li>' for level, anchor, text in HEADING.findall(body)
+    )
+    contents = (
+        '<details class="toc" open><summary>Contents</summary>\n<ol>\n'
+        f'<li><a href="index.html">← all notebooks</a></li>\n{contents}\n</ol></details>'
+    )
+    return write_html(target, title(notebook) or Path(target).stem, body, contents, math=True)
+
+
+def write_index(folder: str | Path) -> Path:
+    """Write `index.html`, which lists the pages of a folder by their titles."""
+    folder = Path(folder)
+    lines = []
+    for page in sorted(folder.glob("*.html")):
+        if page.name != "index.html":
+            name = re.search(r"<title>(.*?)</title>", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+            lines.append(f'<li><a href="{page.name}">{name}</a></li>')
+    heading = "Deep Generative Models, part 2"
+    body = f'<h1>{heading}</h1>\n<ul class="index">\n' + "\n".join(lines) + "\n</ul>"
+    return write_html(folder / "index.html", heading, body)
+
+
+def write_html(target: str | Path, name: str, body: str, contents: str = "", math: bool = False) -> Path:
+    """Fill the page template: its style, the body, the contents and, if asked, MathJax."""
+    from pygments.formatters import HtmlFormatter
+
+    style = (ASSETS / "page.css").read_text(encoding="utf-8") + HtmlFormatter().get_style_defs(".highlight")
+    scripts = [ASSETS / "mathjax.config.js", ASSETS / "mathjax" / "tex-svg-full.js"] if math else []
+    page = Template((ASSETS / "page.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(name),
+        style=style,
+        contents=contents,
+        body=body,
+        scripts="\n".join(f"<script>{inline(script)}</script>" for script in scripts),
+    )
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def inline(script: Path) -> str:
+    """JavaScript that may stand between script tags: inside its strings, nothing may look like the end of it."""
+    return script.read_text(encoding="utf-8").replace("</script", r"<\/script").replace("<!--", r"<\!--")
+
+
+def title(notebook) -> str:
+    """The first level-one heading of a notebook, or nothing."""
+    for cell in notebook.cells:
+        found = cell.cell_type == "markdown" and re.search(r"^# +(.+?)\s*$", cell.source, re.MULTILINE)
+        if found:
+            return found[1]
+    return ""
+
+
+def for_reading(notebook):
+    """A copy of a notebook without what a page cannot show: live widgets and progress bars."""
+    import nbformat
+
+    notebook = nbformat.from_dict(notebook)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in map(readable, cell.outputs) if output]
+    return notebook
+
+
+def readable(output):
+    """An output as a page shows it, or None if nothing is left of it."""
+    if output.output_type == "stream" and output.name == "stderr":
+        lines = [line for line in output.text.splitlines(keepends=True) if not PROGRESS.search(line)]
+        output.text = "".join(lines)
+        return output if output.text.strip() else None
+    data = output.get("data", {})
+    if data.pop(WIDGET, None) is not None and "text/html" not in data:
+        return None
+    if "text/html" in data:  # nbconvert prefers a picture to HTML; the richer fallback is the HTML
+        output.data = {"text/html": data["text/html"]}
+    return output
