@@ -1,7 +1,8 @@
-"""Trained models that are shipped with the course: safetensors for the weights, and a JSON card that says what they are."""
+"""Trained models that are shipped with the course: safetensors for the weights, and a JSON card that describes them."""
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def load(name: str, folder: str | Path = FOLDER) -> Denoiser:
         folder: Where to look; the shipped checkpoints unless you trained your own.
 
     Raises:
-        ValueError: If there is no such checkpoint, or its file is not the one that its card describes.
+        ValueError: If there is no such checkpoint, or its files are damaged or do not fit each other.
 
     Example:
         >>> load("mnist-unet").card["predicts"]
@@ -46,14 +47,19 @@ def load(name: str, folder: str | Path = FOLDER) -> Denoiser:
     if name not in known:
         raise ValueError(f"name must be one of {', '.join(known) or f'(none in {folder})'}; got {name!r}")
     file = folder / f"{name}.safetensors"
-    card = json.loads((folder / f"{name}.json").read_text())
-    content = file.read_bytes() if file.is_file() else b""
-    found = hashlib.sha256(content).hexdigest()
-    if found != card["sha256"]:
-        raise ValueError(f"{file} is damaged or missing: its SHA-256 is {found[:12]}…, its card says {card['sha256'][:12]}…")
-    denoiser = build(card)
     try:
-        denoiser.net.load_state_dict({key: value.float() for key, value in read_tensors(content).items()})
+        card = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        denoiser, expected = build(card), card["sha256"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / name}.json describes no checkpoint: {type(error).__name__}, {error}") from error
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; its card is there")
+    content = file.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise ValueError(f"{file} is damaged: its SHA-256 is {found[:12]}…, its card says {expected[:12]}…")
+    try:
+        denoiser.net.load_state_dict(read_tensors(content))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{file} does not hold the network that its card describes: {error}") from error
     denoiser.card = card
@@ -72,11 +78,25 @@ def build(card: dict) -> Denoiser:
 
 
 def save(name: str, denoiser: Denoiser, card: dict, folder: str | Path) -> None:
-    """Write `<name>.safetensors`, in float16, and `<name>.json`, which is the card and the hash of the weights."""
+    """Write `<name>.safetensors`, in float16, and `<name>.json`, which is the card and the hash of the weights.
+
+    Raises:
+        ValueError: If a weight is not finite in float16, whose largest number is 65,504.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.to("cpu", torch.float16).contiguous() for key, value in denoiser.net.state_dict().items()}
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"denoiser: its weight {key} is not finite in float16")
     content = write_tensors(tensors)
     card = {**card, "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / f"{name}.safetensors").write_bytes(content)
-    (folder / f"{name}.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    _replace(folder / f"{name}.safetensors", content)
+    _replace(folder / f"{name}.json", (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Write beside, then rename: a crash leaves the old file or the new one, never half of one."""
+    part = file.with_name(file.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, file)

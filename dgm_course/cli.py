@@ -15,7 +15,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Deep Generative Models, part 2.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Deep Generative Models, part 2.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 console = Console(highlight=False)
 
 Names = Annotated[list[str] | None, typer.Argument(help="Which notebooks, such as 03_vae or just 03; all by default.")]
@@ -56,6 +58,7 @@ def run(
 def build(
     names: Names = None,
     stale: Annotated[bool, typer.Option("--stale", help="Only those that differ from their source.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say what is stale, and fail if anything is.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one cell may take.")] = 300,
 ) -> None:
     """Make the executed notebooks/*.ipynb from notebooks/src/*.py."""
@@ -63,8 +66,13 @@ def build(
 
     folder = repository() / "notebooks"
     chosen = choose(names, (folder / "src").glob("*.py"))
-    if stale:
-        chosen = [source for source in chosen if notebooks.stale(source, folder / f"{source.stem}.ipynb")]
+    if stale or check:
+        found = {source: notebooks.stale(source, folder / f"{source.stem}.ipynb") for source in chosen}
+        chosen = [source for source in chosen if found[source]]
+    if check:
+        for source in chosen:
+            console.print(f"{source.stem} is stale: {'; '.join(found[source])}", soft_wrap=True)
+        raise typer.Exit(1 if chosen else 0)
     failed = each(chosen, lambda source: notebooks.build(source, folder, timeout))
     console.print(f"{len(chosen) - failed} of {len(chosen)} notebooks built in {folder}")
     raise typer.Exit(1 if failed else 0)

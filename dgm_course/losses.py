@@ -97,7 +97,7 @@ def bound_term(
     if s > 0:
         ratio = posterior / (step if variance == "beta" else posterior)
         shift = (expand(pull, x0) * (x0 - x0_hat)).square() / expand(posterior, x0)
-        kl = 0.5 * (expand(ratio, x0) * (1 + shift) - 1 - expand(ratio.log(), x0))
+        kl = 0.5 * (expand(ratio, x0) * shift + expand(ratio - 1 - ratio.log(), x0))  # 1 + shift would round shift away
         return kl.flatten(1).sum(1)
     std = expand(step.sqrt(), x0)
     if bins is None:

@@ -57,29 +57,22 @@ def execute(path: str | Path, timeout: float = 300):
 def run_cells(notebook, name: str, folder: Path, timeout: float):
     """Run a notebook node in `folder`; the same node comes back with fresh outputs."""
     try:
-        from jupyter_client.manager import AsyncKernelManager
-        from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     except ImportError as error:
         raise needs_dev(error) from error
     reached = []
-    # Sockets in a folder of their own rather than TCP ports: private, and there even where no network is, not a loopback.
-    private = tempfile.TemporaryDirectory()
-    sockets = {} if os.name == "nt" else {"transport": "ipc", "ip": f"{private.name}/kernel"}
-    client = NotebookClient(
-        notebook,
-        km=AsyncKernelManager(kernel_spec_manager=this_python(), **sockets),
-        timeout=timeout,
-        record_timing=False,
-        resources={"metadata": {"path": str(folder)}},
-        on_cell_execute=lambda cell, cell_index: reached.append(cell_index),
-    )
-    # A progress bar is for who waits: in a stored output or on a page it is a dead widget, or noise.
+    # A progress bar is for who waits; in a stored output it is a dead widget. `training.fit` obeys this too.
     env = {**os.environ, "TQDM_DISABLE": "1"}
     env.pop("MPLBACKEND", None)  # the kernel's own choice puts figures into the notebook
     try:
-        with private:
+        with tempfile.TemporaryDirectory() as sockets:
+            client = new_client(notebook, folder, timeout, sockets)
+            client.on_cell_execute = lambda cell, cell_index: reached.append(cell_index)
             client.execute(env=env, cleanup_kc=True)
+    except AssertionError:
+        if client.km is not None:
+            raise
+        raise KeyboardInterrupt from None  # nbclient answers Ctrl-C by ending the kernel, and stumbles over its absence
     except CellExecutionError as error:
         raise NotebookError(failure(notebook, name, reached, error.traceback)) from error
     except (CellTimeoutError, DeadKernelError) as error:
@@ -88,16 +81,26 @@ def run_cells(notebook, name: str, folder: Path, timeout: float):
     return notebook
 
 
-def this_python():
-    """A kernel-spec manager that knows one kernel, this very Python, whatever is registered on the machine."""
+def new_client(notebook, folder: Path, timeout: float, sockets: str):
+    """What runs the notebook: a kernel of this very Python, whatever kernels are registered on the machine."""
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
 
     class ThisPython(KernelSpecManager):
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
             return KernelSpec(**get_kernel_dict())
 
-    return ThisPython()
+    # Sockets in a folder rather than TCP ports: nobody else can connect, and they need no network, not even a loopback.
+    ipc = {} if os.name == "nt" else {"transport": "ipc", "ip": f"{sockets}/kernel"}
+    return NotebookClient(
+        notebook,
+        km=AsyncKernelManager(kernel_spec_manager=ThisPython(), **ipc),
+        timeout=timeout,
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
 
 
 def failure(notebook, name: str, reached: list[int], traceback: str) -> str:

@@ -12,6 +12,9 @@ __all__ = ["write_index", "write_page"]
 ASSETS = Path(__file__).parent / "assets"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"\d+%\|.*|\d+it \[|\r")  # what tqdm writes to a console
+ANCHOR = re.compile(r'<a class="anchor-link"[^>]*>.*?</a>')
+DOLLAR = re.compile(r"(```.*?```|`[^`]*`)|\\\$", re.DOTALL)  # an escaped dollar, or code, where it stays
+MONEY = "\ue024"  # stands for an escaped dollar while the text is rendered
 HEADING = re.compile(r'<h([23])[^>]*\bid="([^"]*)"[^>]*>(.*?)</h\1>', re.DOTALL)
 REMOTE = re.compile(
     r"<(script|link|img|iframe|source|video|audio)\b[^>]*\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</\1>)?",
@@ -39,11 +42,11 @@ def write_page(notebook, target: str | Path, folder: str | Path = ".") -> Path:
         template_name="basic",
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        exclude_anchor_links=True,
         embed_images=True,
     )
     body, _ = exporter.from_notebook_node(for_reading(notebook), {"metadata": {"path": str(folder)}})
-    body = NEIGHBOUR.sub(r"\1\2.html\3", REMOTE.sub("", body))
+    body = NEIGHBOUR.sub(r"\1\2.html\3", REMOTE.sub("", ANCHOR.sub("", body)))
+    body = body.replace(MONEY, "<span>$</span>")  # alone in an element, a dollar opens no formula
     contents = "\n".join(
         f'<li class="h{level}"><a href="#{anchor}">{text}</a></li>' for level, anchor, text in HEADING.findall(body)
     )
@@ -51,7 +54,7 @@ def write_page(notebook, target: str | Path, folder: str | Path = ".") -> Path:
         '<details class="toc" open><summary>Contents</summary>\n<ol>\n'
         f'<li><a href="index.html">← all notebooks</a></li>\n{contents}\n</ol></details>'
     )
-    return write_html(target, title(notebook) or Path(target).stem, body, contents, math=True)
+    return write_html(target, title(notebook) or Path(target).stem, body, contents)
 
 
 def write_index(folder: str | Path) -> Path:
@@ -67,12 +70,12 @@ def write_index(folder: str | Path) -> Path:
     return write_html(folder / "index.html", heading, body)
 
 
-def write_html(target: str | Path, name: str, body: str, contents: str = "", math: bool = False) -> Path:
-    """Fill the page template: its style, the body, the contents and, if asked, MathJax."""
+def write_html(target: str | Path, name: str, body: str, contents: str = "") -> Path:
+    """Fill the page template: style, contents, body, MathJax."""
     from pygments.formatters import HtmlFormatter
 
     style = (ASSETS / "page.css").read_text(encoding="utf-8") + HtmlFormatter().get_style_defs(".highlight")
-    scripts = [ASSETS / "mathjax.config.js", ASSETS / "mathjax" / "tex-svg-full.js"] if math else []
+    scripts = ASSETS / "mathjax.config.js", ASSETS / "mathjax" / "tex-svg-full.js"
     page = Template((ASSETS / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(name),
         style=style,
@@ -101,13 +104,15 @@ def title(notebook) -> str:
 
 
 def for_reading(notebook):
-    """A copy of a notebook without what a page cannot show: live widgets and progress bars."""
+    """A copy of a notebook without what a page cannot show: live widgets, progress bars, escaped dollars."""
     import nbformat
 
     notebook = nbformat.from_dict(notebook)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        if cell.cell_type == "code":
+        if cell.cell_type == "markdown":
+            cell.source = DOLLAR.sub(lambda found: found[1] or MONEY, cell.source)
+        elif cell.cell_type == "code":
             cell.outputs = [output for output in map(readable, cell.outputs) if output]
     return notebook
 

@@ -81,7 +81,8 @@ def ddpm(
         path: The Gaussian path.
         x: The first state, at times[0], shape (B, …): σ(times[0])·noise, as a rule.
         times: Strictly descending, shape (N + 1,). If the last is 0, the last state is x̂_0.
-        variance: "beta" or "posterior" as in `ddpm_step`, or a function (x_t, x̂_0, t, s) → Σ_θ, a number or a tensor.
+        variance: "beta" or "posterior" as in `ddpm_step`, or a function (x_t, x̂_0, t, s) → Σ_θ, a number, or a
+            tensor of shape (B,) or that of x.
         generator: Source of the noise.
 
     Returns:
@@ -109,8 +110,8 @@ def ddpm(
             x0 = denoiser(x, t)
             mean = x.mul(keep).add_(x0, alpha=pull)
             if s > 0 and drawn:
-                std = torch.as_tensor(variance(x, x0, t, s), dtype=x.dtype, device=x.device).sqrt()
-                x = mean + std * _noise(x, generator)
+                var = torch.as_tensor(variance(x, x0, t, s), dtype=x.dtype, device=x.device)
+                x = mean + (expand(var, x) if var.ndim == 1 else var).sqrt() * _noise(x, generator)
             else:
                 x = mean.add_(_noise(x, generator), alpha=std) if s > 0 else mean
             yield x

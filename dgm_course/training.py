@@ -1,10 +1,11 @@
-"""One training loop for the whole course, on Hugging Face Accelerate: the same recipe runs on one CPU or on many GPUs."""
+"""One training loop for the whole course, on Hugging Face Accelerate: a recipe runs on one CPU or on many GPUs."""
 
 import copy
 import math
 import os
 import signal
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 
 from dgm_course.paths import DiscretePath, GaussianPath
 
-__all__ = ["Fit", "batches", "fit"]
+__all__ = ["Fit", "batches", "fit", "scaled"]
 
 
 @dataclass
 class Fit:
-    """What `fit` returns: the averaged model in eval mode, the loss of each step, the steps done and the seconds they took."""
+    """What `fit` returns: the averaged model in eval mode, the loss of each step, how many steps, and their seconds."""
 
     ema: nn.Module
     losses: list[float] = field(default_factory=list)
@@ -29,7 +30,14 @@ class Fit:
 
 
 def batches(
-    x: Tensor, path: GaussianPath, *, size: int, y: Tensor | None = None, drop: float = 0.1, null: int | None = None, seed: int = 0
+    x: Tensor,
+    path: GaussianPath,
+    *,
+    size: int,
+    y: Tensor | None = None,
+    drop: float = 0.1,
+    null: int | None = None,
+    seed: int = 0,
 ) -> Callable[[int], dict]:
     """Batches as a pure function of the step: data in a new order each epoch, with their times, noises and labels.
 
@@ -71,7 +79,8 @@ def batches(
         chosen = order[place * size : (place + 1) * size]
         g = _generator(seed, 1, step)
         strata = (torch.randperm(size, generator=g) + torch.rand(size, generator=g)) / size
-        t = (strata * path.T).ceil().clamp(1, path.T).long() if isinstance(path, DiscretePath) else strata
+        strata = strata.clamp(2**-24, 1 - 2**-24)  # rounding gives 0 and 1 too, where some rates are infinite
+        t = (strata * path.T).ceil().long() if isinstance(path, DiscretePath) else strata
         out = {"x0": x[chosen], "t": t, "eps": torch.randn(x[chosen].shape, generator=g, dtype=x.dtype)}
         if y is not None:
             out["y"] = torch.where(torch.rand(size, generator=g) < drop, null, y[chosen]) if drop else y[chosen]
@@ -102,14 +111,16 @@ def fit(
 ) -> Fit:
     r"""Train a model with AdamW, and keep an exponential moving average of its weights.
 
-    .. math:: \bar\theta \leftarrow m\,\bar\theta + (1-m)\,\theta, \qquad m = \min\bigl(\text{ema}, \tfrac{1+n}{10+n}\bigr)
+    .. math:: \bar\theta \leftarrow m\,\bar\theta + (1-m)\,\theta, \qquad
+              m = \min\bigl(\text{ema}, \tfrac{1+n}{10+n}\bigr)\ \text{after}\ n\ \text{steps}
 
-    The learning rate rises linearly over `warmup` steps and falls linearly to `final` times its peak at the last.
+    The learning rate rises linearly over the first `warmup` steps, or a tenth of all if that is less, and then falls
+    linearly towards `final` times its peak.
 
     Arguments:
         model: The module to train, in place; a `Denoiser` as a rule.
         loss: `loss(model, **batch)`, a scalar.
-        batches: A function from the step to a batch, a dict of tensors; it alone is random. See `batches`.
+        batches: A function from the step to a batch, a dict of tensors. See `batches`.
         steps: Number of steps in all.
         lr, betas, weight_decay: AdamW's.
         warmup, final: Shape of the learning rate.
@@ -123,7 +134,7 @@ def fit(
 
     Raises:
         ValueError: If an argument is out of range, or `state` belongs to another model or is damaged.
-        FloatingPointError: If the loss is not finite; the state file then still holds the last good save.
+        FloatingPointError: If the loss or its gradient is not finite; model and state file are as before that step.
         KeyboardInterrupt: After saving, if stopped.
 
     Source:
@@ -131,67 +142,91 @@ def fit(
 
     Example:
         >>> net = nn.Linear(1, 1)
-        >>> done = fit(net, lambda m, x: m(x).square().mean(), lambda step: {"x": torch.ones(4, 1)}, steps=3, progress=False)
+        >>> done = fit(net, lambda m, x: m(x).square().mean(), lambda step: {"x": torch.ones(4, 1)}, steps=3)
         >>> len(done.losses)
         3
     """
-    if not (isinstance(steps, int) and steps >= 1):
-        raise ValueError(f"steps must be a whole number of at least 1; got {steps!r}")
+    for name, value in {"steps": steps, "save_every": save_every, "watch_every": watch_every}.items():
+        if not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
     from accelerate import Accelerator
     from tqdm.auto import tqdm
 
-    accelerator = Accelerator(mixed_precision=_mixed(precision))
-    done = Fit(ema=copy.deepcopy(model).requires_grad_(False).eval().to(accelerator.device))
-    model.train()
+    bfloat16 = _bfloat16(precision)
+    accelerator = Accelerator(mixed_precision="no")  # it allows one precision in a process, so `_Objective` has its own
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas, weight_decay=weight_decay)
-    objective, optimizer = accelerator.prepare(_Objective(model, loss), optimizer)
+    objective, optimizer = accelerator.prepare(_Objective(model, loss, bfloat16).train(), optimizer)
+    done = Fit(ema=copy.deepcopy(model).requires_grad_(False).eval())
     if state is not None and Path(state).is_file():
         _load(Path(state), model, optimizer, done, steps)
-    bar = tqdm(total=steps, initial=done.step, disable=not (progress and accelerator.is_main_process), leave=False)
+    shown = {} if progress and accelerator.is_main_process else {"disable": True}  # else TQDM_DISABLE may decide
+    halt = False
 
     def save():
         if state is not None and accelerator.is_main_process:
             _save(Path(state), model, optimizer, done, steps)
 
-    with _stop_signals(state is not None) as stopped:
-        while done.step < steps and not stopped():
+    with (
+        _stop_signals(state is not None) as stopped,
+        tqdm(total=steps, initial=done.step, leave=False, **shown) as bar,
+    ):
+        while done.step < steps and not halt:
             for group in optimizer.param_groups:
                 group["lr"] = lr * _rate(done.step, steps, warmup, final)
             began = time.perf_counter()
             value = objective(**_share(batches(done.step), accelerator))
             accelerator.backward(value)
-            accelerator.clip_grad_norm_(model.parameters(), clip)
+            norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+            told = torch.stack([value.detach(), norm.to(value), value.new_tensor(stopped())])
+            value, norm, halt = accelerator.reduce(told, "mean").tolist()  # so that all processes stop at the same step
+            if not math.isfinite(value + norm):
+                raise FloatingPointError(
+                    f"the loss is {value}, the norm of its gradient {norm}, at step {done.step}; lower lr ({lr:g})"
+                )
             optimizer.step()
             optimizer.zero_grad()
-            done.losses.append(accelerator.reduce(value.detach(), "mean").item())
-            if not math.isfinite(done.losses[-1]):
-                raise FloatingPointError(f"the loss is {done.losses[-1]} at step {done.step}; lower lr ({lr:g}) or clip ({clip:g})")
+            done.losses.append(value)
             done.step += 1
             _average(done.ema, model, min(ema, (1 + done.step) / (10 + done.step)))
             done.seconds += time.perf_counter() - began
             bar.update()
+            if watch and (done.step % watch_every == 0 or done.step == steps):
+                watch(done)
             if done.step % save_every == 0 or done.step == steps:
                 save()
                 bar.set_postfix(loss=f"{sum(done.losses[-200:]) / len(done.losses[-200:]):.4f}")
-            if watch and (done.step % watch_every == 0 or done.step == steps):
-                watch(done)
-        if stopped():
+        if halt or stopped():
             save()
             raise KeyboardInterrupt(f"stopped after step {done.step} of {steps}")
-    bar.close()
     model.eval()
     return done
+
+
+def scaled(cpu: int, gpu: int) -> int:
+    """The size of a live training: `cpu`, or `gpu` where the environment variable DGM_PROFILE is "gpu".
+
+    Example:
+        >>> scaled(cpu=500, gpu=20_000)
+        500
+    """
+    profile = os.environ.get("DGM_PROFILE", "cpu")
+    if profile not in ("cpu", "gpu"):
+        raise ValueError(f"DGM_PROFILE must be cpu or gpu; got {profile!r}")
+    return {"cpu": cpu, "gpu": gpu}[profile]
 
 
 class _Objective(nn.Module):
     """The loss as the forward pass of a module, which is where data-parallel wrappers exchange gradients."""
 
-    def __init__(self, model: nn.Module, loss: Callable):
+    def __init__(self, model: nn.Module, loss: Callable, bfloat16: bool):
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.bfloat16 = model, loss, bfloat16
 
     def forward(self, **batch) -> Tensor:
-        return self.loss(self.model, **batch)
+        if not self.bfloat16:
+            return self.loss(self.model, **batch)
+        with torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16):
+            return self.loss(self.model, **batch)
 
 
 def _rate(step: int, steps: int, warmup: int, final: float) -> float:
@@ -212,11 +247,14 @@ def _average(ema: nn.Module, model: nn.Module, m: float) -> None:
 def _share(batch: dict, accelerator) -> dict:
     """This process's part of the batch that all processes drew alike."""
     n, rank = accelerator.num_processes, accelerator.process_index
+    for name, value in batch.items():
+        if len(value) % n:  # gradients are averaged over processes, so each must have as many samples
+            raise ValueError(f"batches must give {name} a length that {n} processes can share; got {len(value)}")
     return {name: value[rank::n].to(accelerator.device) for name, value in batch.items()}
 
 
-def _mixed(precision: str) -> str:
-    choices = {"float32": "no", "bfloat16": "bf16", "auto": "bf16" if _has_bfloat16() else "no"}
+def _bfloat16(precision: str) -> bool:
+    choices = {"float32": False, "bfloat16": True, "auto": _has_bfloat16()}
     if precision not in choices:
         raise ValueError(f"precision must be one of {', '.join(choices)}; got {precision!r}")
     return choices[precision]
@@ -253,7 +291,7 @@ def _stop_signals(active: bool) -> Iterator[Callable[[], bool]]:
 
 
 def _save(file: Path, model: nn.Module, optimizer, done: Fit, steps: int) -> None:
-    """Write the whole state to a file beside, then rename: a crash leaves the old file or the new one, never half of one."""
+    """Write the state to a file beside, then rename: a crash leaves the old file or the new one, never half of one."""
     content = {
         "model": model.state_dict(),
         "ema": done.ema.state_dict(),
@@ -262,6 +300,7 @@ def _save(file: Path, model: nn.Module, optimizer, done: Fit, steps: int) -> Non
         "step": done.step,
         "seconds": done.seconds,
         "steps": steps,
+        "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],  # dropout draws from these
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
@@ -271,13 +310,18 @@ def _save(file: Path, model: nn.Module, optimizer, done: Fit, steps: int) -> Non
 
 def _load(file: Path, model: nn.Module, optimizer, done: Fit, steps: int) -> None:
     try:
+        with zipfile.ZipFile(file) as parts:  # `torch.load` does not look at their checksums
+            if damaged := parts.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
         content = torch.load(file, map_location="cpu", weights_only=True)
         if content["steps"] != steps:
             raise ValueError(f"it was saved for steps = {content['steps']}, asked are {steps}")
         model.load_state_dict(content["model"])
         done.ema.load_state_dict(content["ema"])
         optimizer.load_state_dict(content["optimizer"])
+        done.losses, done.step, done.seconds = content["losses"].tolist(), content["step"], content["seconds"]
+        processor, *others = content["random"]
+        torch.set_rng_state(processor)
+        torch.cuda.set_rng_state_all(others)
     except Exception as error:
         raise ValueError(f"state: cannot go on from {file}: {error}. Delete the file to start anew") from error
-    done.losses, done.step = content["losses"].tolist(), content["step"]
-    done.seconds = content["seconds"]

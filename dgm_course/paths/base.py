@@ -11,10 +11,17 @@ QUANTITIES = ("eps", "x0", "v", "score", "velocity")
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     """Cast a float64 coefficient of shape () or (B,) to the dtype of `like`, ready to multiply its (B, …)."""
-    if coefficient.ndim == 1 and coefficient.shape[0] not in (1, like.shape[0]):
-        raise ValueError(f"t must be a number or have shape ({like.shape[0]},), one for each sample; got {tuple(coefficient.shape)}")
     coefficient = coefficient.to(device=like.device, dtype=like.dtype)
-    return coefficient.reshape(-1, *[1] * (like.ndim - 1)) if coefficient.ndim else coefficient
+    if not coefficient.ndim:
+        return coefficient
+    one_each(coefficient, len(like))
+    return coefficient.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def one_each(t: Tensor, batch: int) -> None:
+    """Raise unless `t` is one number for all samples or one for each of them."""
+    if t.ndim and t.shape[0] not in (1, batch):
+        raise ValueError(f"t must be a number or have shape ({batch},), one for each sample; got {tuple(t.shape)}")
 
 
 def same_shape(**tensors: Tensor) -> None:
@@ -37,7 +44,7 @@ class GaussianPath:
         | Variational Diffusion Models (Kingma et al., 2021), section 3.1
     """
 
-    end = 1.0  # the time of pure noise; T on a chain
+    horizon = 1.0  # the time of pure noise; T on a chain
 
     def __init__(self):
         self._grid, self._units, self._conversions = None, {}, {}  # see `tabulate`
@@ -79,7 +86,7 @@ class GaussianPath:
 
     def unit(self, t: Time) -> Tensor:
         """The time that a network sees: float32 in [0, 1], of the shape of `t`."""
-        return (self._time(t) / self.end).float()
+        return (self._time(t) / self.horizon).float()
 
     def times(self, steps: int) -> Tensor:
         """A grid for samplers: `steps` equal steps down from pure noise to the data, shape (steps + 1,), float64.
@@ -99,14 +106,16 @@ class GaussianPath:
         A sampler calls this. It changes no result: at other times everything is evaluated when it is asked for.
         """
         self._grid = self._time(times)
-        self._units = dict(zip(self._grid.tolist(), (self._grid / self.end).tolist(), strict=True))
+        self._units = dict(zip(self._grid.tolist(), (self._grid / self.horizon).tolist(), strict=True))
         self._conversions = {}
 
     def units(self, t: Time, batch: int, device: torch.device) -> Tensor:
         """`unit(t)` for each sample of a batch, shape (batch,)."""
         if not isinstance(t, Tensor) and t in self._units:
             return torch.full((batch,), self._units[t], device=device)
-        return self.unit(t).to(device).expand(batch)
+        unit = self.unit(t).to(device)
+        one_each(unit, batch)
+        return unit.expand(batch)
 
     # The path and its SDE --------------------------------------------------------------------------------------------
 

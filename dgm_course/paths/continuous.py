@@ -110,20 +110,17 @@ class Sigmoid(GaussianPath):
             raise ValueError(f"start, end and tau must satisfy start < end and tau > 0; got {start}, {end}, {tau}")
         self.start, self.end, self.tau = start, end, tau
 
-    def _gap(self, u: Tensor, w: Tensor) -> Tensor:
-        """s(u) − s(w) without cancellation where u is near w."""
-        return torch.sinh((u - w) / 2) / (2 * torch.cosh(u / 2) * torch.cosh(w / 2))
-
-    def _fraction(self, t: Tensor, to_end: bool) -> Tensor:
-        b, e = t.new_tensor(self.start / self.tau), t.new_tensor(self.end / self.tau)
-        u = t * (e - b) + b
-        return (self._gap(e, u) if to_end else self._gap(u, b)) / self._gap(e, b)
+    def _fraction(self, share: Tensor, t: Tensor, edge: float) -> Tensor:
+        """s between the time t and the other edge, from s(u) − s(w) = sinh((u − w)/2) / (2 cosh(u/2) cosh(w/2))."""
+        width = (self.end - self.start) / self.tau
+        u = self.start / self.tau + t * width
+        return torch.sinh(share * width / 2) / math.sinh(width / 2) * math.cosh(edge / self.tau / 2) / torch.cosh(u / 2)
 
     def _alpha(self, t: Tensor) -> Tensor:
-        return self._fraction(t, to_end=True).sqrt()
+        return self._fraction(1 - t, t, self.start).sqrt()
 
     def _variance(self, t: Tensor) -> Tensor:
-        return self._fraction(t, to_end=False)
+        return self._fraction(t, t, self.end)
 
 
 class Straight(GaussianPath):

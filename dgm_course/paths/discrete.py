@@ -17,7 +17,7 @@ class DiscretePath(GaussianPath):
     The table has T + 1 entries, so t − 1 always exists and no step is a special case.
 
     Arguments:
-        betas: β_1 … β_T, each in (0, 1], shape (T,).
+        betas: β_1 … β_T, each in (0, 1), the last also 1, shape (T,).
 
     Attributes:
         T: The number of steps.
@@ -38,7 +38,9 @@ class DiscretePath(GaussianPath):
             raise ValueError(f"betas must have shape (T,) with T ≥ 1; got shape {tuple(betas.shape)}")
         if not bool(((betas > 0) & (betas <= 1)).all()):
             raise ValueError(f"betas must lie in (0, 1]; got {betas.min().item():g} … {betas.max().item():g}")
-        self.T = self.end = len(betas)
+        if bool((betas[:-1] == 1).any()):
+            raise ValueError("betas may be 1 in the last step only: after it no signal is left that a later step could lose")
+        self.T = self.horizon = len(betas)
         self.betas = torch.cat([betas.new_zeros(1), betas])
         self._log_alpha_bars = torch.log1p(-self.betas).cumsum(0)  # a sum of logs keeps 1 − ᾱ_t exact where it is small
         self.alpha_bars = self._log_alpha_bars.exp()

@@ -1,9 +1,9 @@
-"""Animations that play without a kernel, a player or a network: an animated PNG is a picture that every browser plays."""
+"""Animations that play without a kernel, a player or a network: every browser plays an animated PNG."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dgm_course.viz import inputs, style
+from dgm_course.viz.points import around
 from dgm_course.viz.tiles import mosaic, spread
 
 __all__ = ["animate", "apng"]
@@ -20,12 +21,13 @@ _GREYS = 16  # shades in an animation of images: noise does not compress, so few
 _HEAD = 26  # pixels above the images for the time
 
 
-def animate(frames: Sequence, *, times: Sequence | None = None, seconds: float = 4.0, scale: float = 1.0) -> None:
+def animate(frames: Iterable, *, times: Sequence | None = None, seconds: float = 4.0, scale: float = 1.0) -> None:
     """Show an animation at once; it loops, and rests for a second on its last frame.
 
     Arguments:
         frames: At least two of one kind: batches of images (B, 1, H, W) in [−1, 1], drawn as a grid; points (N, 2); or
-            PIL images of one size. More than 30 are thinned out evenly, and large batches further: 16 digits are a good size.
+            PIL images of one size. More than 30 are thinned out evenly, and large batches further: 16 digits are a
+            good size.
         times: One for each frame, written above it: a number, or a text that is written as it is.
         seconds: How long it moves.
         scale: Size; 1 draws 28×28 images 56 pixels wide.
@@ -36,11 +38,14 @@ def animate(frames: Sequence, *, times: Sequence | None = None, seconds: float =
     from IPython.display import Image as Shown
     from IPython.display import display
 
-    display(Shown(apng(frames, times=times, seconds=seconds, scale=scale), alt=f"animation of {len(frames)} frames"))
+    shown = Shown(apng(frames, times=times, seconds=seconds, scale=scale), alt="animation")
+    style.show_waiting()
+    display(shown)
 
 
-def apng(frames: Sequence, *, times: Sequence | None = None, seconds: float = 4.0, scale: float = 1.0) -> bytes:
+def apng(frames: Iterable, *, times: Sequence | None = None, seconds: float = 4.0, scale: float = 1.0) -> bytes:
     """The bytes of the animated PNG that :func:`animate` shows, to be written to a file."""
+    frames = list(frames)
     if len(frames) < 2:
         raise ValueError(f"frames must hold at least two frames, not {len(frames)}")
     if not seconds > 0 or not scale > 0:
@@ -51,7 +56,7 @@ def apng(frames: Sequence, *, times: Sequence | None = None, seconds: float = 4.
     frames, words = [frames[i] for i in chosen], [f"t = {words[i]}" if number else words[i] for i in chosen]
     if all(isinstance(frame, Image.Image) for frame in frames):
         pictures = _one_palette(frames)
-    elif frames[0].ndim == 4:
+    elif getattr(frames[0], "ndim", 0) == 4:
         pictures = _grids(frames, words, scale)
     else:
         pictures = _clouds(frames, words, scale)
@@ -101,17 +106,17 @@ def _clouds(frames: Sequence[Tensor], words: Sequence[str], scale: float) -> lis
     """A scatter plot for each frame, all in the same axes."""
     clouds = [inputs.points(f"frames[{i}]", frame) for i, frame in enumerate(frames)]
     everything = np.concatenate(clouds)
-    middle, half = (everything.max(0) + everything.min(0)) / 2, np.ptp(everything, axis=0).max() * 0.53 + 1e-6
+    left, right, bottom, top = around(everything.min(0), everything.max(0))
     made = style.figure(4 * scale, 4 * scale)
     ax = made.add_subplot(aspect="equal", xlabel="$x_1$", ylabel="$x_2$", title=words[0] or None)
-    ax.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
+    ax.set(xlim=(left, right), ylim=(bottom, top))
     dots = ax.scatter(*clouds[0].T, s=8, alpha=0.6, linewidths=0, color=style.MODEL)
     pictures = []
     for cloud, word in zip(clouds, words, strict=True):
         dots.set_offsets(cloud)
         ax.set_title(word)
         raw = io.BytesIO()
-        made.savefig(raw, format="png", dpi=100)
+        made.savefig(raw, format="png", dpi=100, pil_kwargs={"compress_level": 1})
         made.set_layout_engine("none")  # where the first frame put the axes, they stay
         pictures.append(Image.open(raw).convert("RGB"))
     plt.close(made)
@@ -120,9 +125,9 @@ def _clouds(frames: Sequence[Tensor], words: Sequence[str], scale: float) -> lis
 
 def _one_palette(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """All pictures in the same 32 colours: the format has one palette for all frames."""
-    few = [pictures[i].convert("RGB") for i in spread(len(pictures), 4)]
+    few = [pictures[i].convert("RGB") for i in spread(len(pictures), 8)]
     strip = Image.new("RGB", (sum(one.width for one in few), max(one.height for one in few)), "white")
     for i, one in enumerate(few):
         strip.paste(one, (sum(before.width for before in few[:i]), 0))
-    palette = strip.quantize(32, dither=Image.Dither.NONE)
+    palette = strip.quantize(32, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     return [one.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for one in pictures]

@@ -20,7 +20,7 @@ def array(name: str, value: object) -> np.ndarray:
 
 
 def images(name: str, value: Tensor) -> np.ndarray:
-    """A batch of images (B, 1, H, W) or (B, 3, H, W) in [−1, 1] as (B, H, W, 1 or 3) in [0, 1]; what is beyond is clipped."""
+    """Images (B, 1, H, W) or (B, 3, H, W) in [−1, 1] as (B, H, W, 1 or 3) in [0, 1]; what is beyond is clipped."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         came = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a float tensor of images in [-1, 1], not {came}")
@@ -49,8 +49,8 @@ def labels(name: str, value: Sequence | Tensor | None, count: int) -> list[str] 
     if value is None:
         return None
     if isinstance(value, str) or len(value) != count:
-        came = repr(value) if isinstance(value, str) else f"{len(value)} labels"
-        raise ValueError(f"{name} must be a sequence of {count} labels, not {came}")
+        came = f"the text {value!r}" if isinstance(value, str) else len(value)
+        raise ValueError(f"{name} must have {count} entries, one for each, not {came}")
     return [text(one) for one in value]
 
 

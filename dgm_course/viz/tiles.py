@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.textpath import TextPath
@@ -13,11 +13,18 @@ from dgm_course.viz import inputs, style
 __all__ = ["film", "grid", "mosaic", "rows", "spread"]
 
 _DPI = 200  # of the stored file; a multiple of it by whole pixels keeps the tiles crisp
-_TILE, _WIDTH, _SIZE, _LINE = 0.58, 7.2, 11, 0.22  # inches of a tile and of a whole figure; points of text, inches of a line
+_TILE, _WIDTH = 0.58, 7.2  # inches of a tile, and of a whole figure
+_SIZE, _LINE = 11, 0.22  # points of text, and inches of a line of it
 
 
-def grid(images: Tensor, *, columns: int | None = None, labels: Sequence | None = None, title: str | None = None,
-         scale: float = 1.0) -> style.Figure:  # fmt: skip
+def grid(
+    images: Tensor,
+    *,
+    columns: int | None = None,
+    labels: Sequence | None = None,
+    title: str | None = None,
+    scale: float = 1.0,
+) -> style.Figure:
     """Draw a batch of images as a grid.
 
     Arguments:
@@ -49,8 +56,9 @@ def grid(images: Tensor, *, columns: int | None = None, labels: Sequence | None 
     return _draw([batch[i : i + columns] for i in cut], alt, captions=captions, title=title, scale=scale)
 
 
-def rows(batches: Sequence[Tensor], labels: Sequence | None = None, *, title: str | None = None,
-         scale: float = 1.0) -> style.Figure:  # fmt: skip
+def rows(
+    batches: Iterable[Tensor], labels: Sequence | None = None, *, title: str | None = None, scale: float = 1.0
+) -> style.Figure:
     """Draw each batch of images as a row, with its label on the left: a row for each class, or for each sampler.
 
     Arguments:
@@ -59,16 +67,25 @@ def rows(batches: Sequence[Tensor], labels: Sequence | None = None, *, title: st
         title: Above all.
         scale: Size of an image.
     """
-    if isinstance(batches, Tensor) and batches.ndim != 5 or not len(batches):
-        raise ValueError(f"batches must be a sequence of image batches, not {getattr(batches, 'shape', batches)}")
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches must hold at least one batch of images, not none")
     drawn = [inputs.images(f"batches[{i}]", batch) for i, batch in enumerate(batches)]
     left = inputs.labels("labels", labels, len(drawn))
     alt = title or "rows of images" + (f": {', '.join(left)}" if left else "")
     return _draw(drawn, alt, left=left, title=title, scale=scale)
 
 
-def film(states: Sequence[Tensor], *, times: Sequence | None = None, labels: Sequence | None = None, rows: int = 4,
-         columns: int = 10, title: str | None = None, scale: float = 1.0) -> style.Figure:  # fmt: skip
+def film(
+    states: Iterable[Tensor],
+    *,
+    times: Sequence | None = None,
+    labels: Sequence | None = None,
+    rows: int = 4,
+    columns: int = 10,
+    title: str | None = None,
+    scale: float = 1.0,
+) -> style.Figure:
     """Draw a film strip: a row for each sample, a column for each time; noising or denoising, in the order given.
 
     Arguments:
@@ -80,7 +97,8 @@ def film(states: Sequence[Tensor], *, times: Sequence | None = None, labels: Seq
         title: Above all.
         scale: Size of an image.
     """
-    if not len(states):
+    states = list(states)
+    if not states:
         raise ValueError("states must hold at least one batch of images, not none")
     chosen = spread(len(states), columns)
     above = inputs.labels("times", times, len(states))
@@ -112,7 +130,7 @@ def mosaic(batches: Sequence[np.ndarray], across: int, down: int) -> np.ndarray:
     sheet = np.ones((len(batches) * (high + down) - down, most * (wide + across) - across, channels))
     for i, batch in enumerate(batches):
         if batch.shape[1:] != (high, wide, channels):
-            raise ValueError(f"all images must have the same shape, not {batch.shape[1:]} beside {(high, wide, channels)}")
+            raise ValueError(f"all images must have one shape, not {batch.shape[1:]} beside {batches[0].shape[1:]}")
         for j, image in enumerate(batch):
             top, left = i * (high + down), j * (wide + across)
             sheet[top : top + high, left : left + wide] = image
@@ -126,7 +144,7 @@ def _widest(words: Sequence[str] | None) -> float:
 
 
 def _draw(batches, alt, *, captions=None, above=None, left=None, corner="", title=None, scale=1.0) -> style.Figure:
-    """One picture of all tiles, with room around it for the words, measured so that nothing is cut and no pixel is blurred."""
+    """One picture of all tiles, and around it room for the words: measured, so that nothing is cut or blurred."""
     high, wide = batches[0].shape[1:3]
     many = max(len(batch) for batch in batches)
     heads = captions or ([above] if above else [])  # a line of words above each row, or above the first
@@ -138,8 +156,10 @@ def _draw(batches, alt, *, captions=None, above=None, left=None, corner="", titl
     tall, broad = sheet.shape[0] * inch, sheet.shape[1] * inch
     over = max(0.02, (widest - wide * inch) / 2)  # by how much the words stand out over the tiles
     names = max(_widest(left), _widest([corner]))
+    names = np.ceil(20 * (names + over)) / 20 - over  # tiles begin at a whole pixel, or they would blur
     topic = _widest([title or ""]) * 12 / _SIZE
     size = (max(names + over + broad + over, topic), (bool(heads) + bool(title)) * _LINE + tall + 0.06)
+    size = (np.ceil(10 * size[0]) / 10, size[1])  # and the same on machines that measure text a little differently
     made = style.figure(*size, alt)
     made.set_layout_engine("none")
     ax = made.add_axes(((names + over) / size[0], 0.02 / size[1], broad / size[0], tall / size[1]))

@@ -9,13 +9,14 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import ipywidgets
-import matplotlib.figure
 import matplotlib.pyplot as plt
 from IPython.display import display
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from dgm_course.viz import inputs, plots, style
+from dgm_course.viz.tiles import spread
 
 __all__ = ["explore"]
 
@@ -30,11 +31,12 @@ _MOVE = (
 )
 
 
-def explore(draw: Callable[..., matplotlib.figure.Figure | Tensor], **choices: Sequence | tuple[Sequence, object]) -> None:
+def explore(draw: Callable[..., Figure | Tensor], **choices: Sequence | tuple[Sequence, object]) -> None:
     """Show a figure at once, with a slider for each thing that the reader may move.
 
-    With a kernel each move calls ``draw`` anew, and an error in it is shown in the place of the figure. On a page, or before
-    the notebook is run, the first slider moves through at most 10 pictures drawn beforehand; the others stay where they start.
+    With a kernel each move calls ``draw`` anew, and an error in it is shown in the place of the figure. On a page, or
+    before the notebook is run, the first slider moves through at most 10 pictures drawn beforehand; the others stay
+    where they start. So ``draw`` runs up to 11 times here: let it be quick.
 
     Arguments:
         draw: Called with a value for each name; returns a figure, or images (B, 1, H, W) in [−1, 1].
@@ -44,14 +46,16 @@ def explore(draw: Callable[..., matplotlib.figure.Figure | Tensor], **choices: S
         ValueError: If there is nothing to choose, or a start is not among its values.
         TypeError: If ``draw`` returns neither.
 
-    Example:
-        >>> explore(lambda t: plots.grid(noised(t)), t=([0.0, 0.25, 0.5, 1.0], 0.5))  # doctest: +SKIP
+    Example, in a notebook::
+
+        widgets.explore(lambda t: plots.grid(noised(t)), t=([0.0, 0.25, 0.5, 1.0], 0.5))
     """
     if not callable(draw) or not choices:
         raise TypeError(f"explore needs a function and at least one name=values, not {draw!r} and {sorted(choices)}")
     options = {name: _options(name, given) for name, given in choices.items()}
     bundle = _live(draw, options)._repr_mimebundle_()
     fallback = {"text/html": _page(draw, options), "text/plain": f"explore({', '.join(options)})"}
+    style.show_waiting()
     display({**bundle, **fallback}, raw=True)
 
 
@@ -74,7 +78,7 @@ def _picture(draw: Callable, values: dict, dpi: int) -> bytes:
         drawn = draw(**values)
         if isinstance(drawn, Tensor):
             drawn = plots.grid(drawn)
-        if not isinstance(drawn, matplotlib.figure.Figure):
+        if not isinstance(drawn, Figure):
             raise TypeError(f"draw must return a figure or images (B, 1, H, W), not {type(drawn).__name__}")
         return style.png(drawn, dpi)
     finally:
@@ -100,7 +104,8 @@ def _live(draw: Callable, options: dict[str, tuple[list, int]]) -> ipywidgets.VB
 
     def update(_change: object = None) -> None:
         try:
-            shown.value = _picture(draw, {name: options[name][0][slider.value] for name, slider in sliders.items()}, 200)
+            values = {name: options[name][0][slider.value] for name, slider in sliders.items()}
+            shown.value = _picture(draw, values, 200)
             shown.width = str(Image.open(io.BytesIO(shown.value)).width // 2)
             shown.layout.display, fault.value = None, ""
         except Exception:  # whatever the reader's function does: shown, where otherwise a server's log would swallow it
@@ -113,24 +118,24 @@ def _live(draw: Callable, options: dict[str, tuple[list, int]]) -> ipywidgets.VB
 
 
 def _page(draw: Callable, options: dict[str, tuple[list, int]]) -> str:
-    """The same without a kernel: a slider of HTML over pictures, of which the one at the start needs no script to be seen."""
+    """The same without a kernel: a slider of HTML over pictures; the one at the start is seen even without a script."""
     (name, (values, start)), *others = options.items()
     rest = {other: those[at] for other, (those, at) in others}
-    chosen = plots.spread(len(values), _FRAMES) if len(values) > 1 else [0]
+    chosen = spread(len(values), _FRAMES) if len(values) > 1 else [0]
     if start not in chosen:  # in the place of its nearest neighbour
         chosen[min(range(1, len(chosen) - 1), key=lambda i: abs(chosen[i] - start))] = start
     pictures = []
     for i in chosen:
         code = base64.b64encode(_picture(draw, {name: values[i], **rest}, 100)).decode()
-        display_as = "block" if i == start else "none"
+        look = f"display:{'block' if i == start else 'none'};max-width:100%"
         alt = html.escape(f"{name} = {inputs.text(values[i])}")
-        pictures.append(f'<img alt="{alt}" style="display:{display_as};max-width:100%" src="data:image/png;base64,{code}">')
+        pictures.append(f'<img alt="{alt}" style="{look}" src="data:image/png;base64,{code}">')
     now = html.escape(f"{name} = {inputs.text(values[start])}")
     fixed = "".join(f", {other} = {inputs.text(value)}" for other, value in rest.items())
-    note = f"<small>{html.escape(fixed[2:])} (run the notebook to move it too)</small>" if rest else ""
+    note = f"<small>{html.escape(fixed[2:])} (run the notebook to move the rest)</small>" if rest else ""
     return (
         f'<div style="font-family:sans-serif;max-width:720px"><label>{html.escape(name)} '
-        f'<input type="range" min="0" max="{len(chosen) - 1}" step="1" value="{chosen.index(start)}" autocomplete="off" '
+        f'<input type="range" min="0" max="{len(chosen) - 1}" value="{chosen.index(start)}" autocomplete="off" '
         f'style="width:300px;max-width:60%;vertical-align:middle" aria-valuetext="{now}" oninput="{_MOVE}"> '
         f"<output>{now}</output></label> {note}{''.join(pictures)}</div>"
     )

@@ -1,0 +1,619 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: notebooks//ipynb,notebooks/src//py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Denoising diffusion: from noise to digits
+#
+# A diffusion model learns to undo noise, a little at a time. At the end of this notebook you will be able to
+#
+# - say what the forward and the reverse process are, and why the forward one needs no learning;
+# - prove that *t* small steps of noise equal one jump, and check the proof by experiment;
+# - derive the posterior $q(x_{t-1}\mid x_t, x_0)$, the target of the reverse step;
+# - train a diffusion model with Algorithm 1 and sample from it with Algorithm 2;
+# - draw handwritten digits of any class you ask for.
+#
+# **Time:** 60 to 90 minutes to read; it runs in half a minute on two processor cores.
+# **It builds on** the VAE: what a latent variable is, and what a KL divergence measures.
+# **Symbols** are those of the lecture; the README's [symbol ledger](../README.md#symbols) lists them all.
+
+# %%
+import importlib.util
+
+if importlib.util.find_spec("dgm_course") is None:  # Colab, or a fresh environment
+    get_ipython().run_line_magic("pip", "install --quiet dgm-course")
+
+# %%
+import sympy
+import torch
+from scipy import stats
+
+from dgm_course import checkpoints, data, losses, nets, samplers, toy, training
+from dgm_course.checks import claim, show_source
+from dgm_course.denoisers import Denoiser, clipped
+from dgm_course.paths import Cosine, DiscretePath
+from dgm_course.schedules import constant_betas, linear_betas
+from dgm_course.viz import plots, widgets
+
+g = torch.Generator().manual_seed(0)  # the only source of chance in this notebook
+digits, labels = data.images(data.load("mnist", "test"))
+
+# %% [markdown]
+# ## 1. What is diffusion?
+#
+# Drop ink into water. The drop spreads until the glass is evenly grey, whatever its first shape. Physics calls this
+# *diffusion*, and the idea of the model comes from there: a complicated distribution, followed through many small random
+# steps, turns into a simple one.
+#
+# A diffusion model has two processes.
+#
+# 1. **Forward:** add a little Gaussian noise to a clean image, again and again, until nothing but noise is left.
+#    Nothing is learned here. The objective is to turn a complex distribution into a simple one.
+# 2. **Reverse:** remove a little noise, again and again, until a clean image is left. This is what a network learns.
+#    The objective is to turn noise, which we can draw, into an image, which we cannot.
+#
+# The reverse task is hard to do in one go: a VAE's decoder and a GAN's generator must turn noise into an image at once.
+# Diffusion cuts the task into a thousand easy ones.
+#
+# *Before you look:* the film below shows three digits at nine of 1000 steps. At which step would you no longer recognise
+# them? Write a number down.
+
+# %%
+chain = DiscretePath(linear_betas(1000))  # DDPM's own choice of noise, explained below
+times = [0, 50, 100, 200, 300, 400, 600, 800, 1000]
+eps = torch.randn(3, 1, 28, 28, generator=g)
+film = [chain.perturb(digits[:3], t, eps) for t in times]
+plots.film(film, times=times, rows=3, title="Forward: from data to noise");
+
+# %% [markdown]
+# The class can still be guessed around step 400. After step 600 hardly anything is left, and the last column is noise.
+# What the eye loses, a network that has seen many digits can find a little longer, but not for ever.
+
+# %% [markdown]
+# ## 2. The forward process
+#
+# ### 2.1 One step
+#
+# Let $x_0$ be an image, its pixels scaled to $[-1, 1]$. One step shrinks the image a little and adds a little noise:
+#
+# $$x_t = \sqrt{1-\beta_t}\;x_{t-1} + \sqrt{\beta_t}\;\epsilon_t,\qquad \epsilon_t\sim\mathcal N(0, I),\qquad t = 1,\dots,T.$$
+#
+# The number $\beta_t$ between 0 and 1 is the variance of the noise that step $t$ adds. With $\alpha_t = 1-\beta_t$, the same in the
+# lecture's notation is $q(x_t\mid x_{t-1}) = \mathcal N\bigl(x_t;\ \sqrt{\alpha_t}\,x_{t-1},\ (1-\alpha_t)I\bigr)$.
+#
+# **Why the two square roots?** Variances add, and a factor enters a variance squared. If a pixel of $x_{t-1}$ has variance 1, then
+# $x_t$ has variance $(1-\beta_t)\cdot 1 + \beta_t = 1$ again. The image fades, and the total spread stays put.
+
+# %%
+beta, variance = sympy.symbols("beta V", positive=True)
+after = sympy.sqrt(1 - beta) ** 2 * variance + sympy.sqrt(beta) ** 2
+claim("a variance of 1 stays 1", sympy.simplify(after.subs(variance, 1) - 1) == 0)
+claim("any other variance moves towards 1", sympy.simplify((after - 1) - (1 - beta) * (variance - 1)) == 0)
+
+# %% [markdown]
+# The step looks at $x_{t-1}$ only, not at what came before. So the forward process is a *Markov chain*, and the
+# distribution of the whole walk is a product:
+#
+# $$q(x_{1:T}\mid x_0) = \prod_{t=1}^{T} q(x_t\mid x_{t-1}).$$
+#
+# In code, a walk is a loop with one line in it. Two thousand points of a spiral walk through the first 200 of the 1000 steps.
+
+# %%
+def walk(x, steps, generator):
+    for t in range(1, steps + 1):
+        beta = float(chain.betas[t])
+        x = (1 - beta) ** 0.5 * x + beta**0.5 * torch.randn(x.shape, generator=generator)
+    return x
+
+
+spiral = toy.swiss_roll(20_000, g)
+walked = walk(spiral, 200, g)
+plots.overlay(spiral[:2000], walked[:2000], labels=["x₀", "x₂₀₀"]);
+
+# %% [markdown]
+# The spiral is smeared, but not yet lost.
+#
+# ### 2.2 One jump instead of *t* steps
+#
+# Training will need $x_t$ for a random $t$, millions of times. Walking there would cost hundreds of steps each time.
+#
+# **Claim.** Adding noise $t$ times is the same, in distribution, as adding it once:
+#
+# $$q(x_t\mid x_0) = \mathcal N\bigl(x_t;\ \sqrt{\bar\alpha_t}\;x_0,\ (1-\bar\alpha_t)\,I\bigr),\qquad \bar\alpha_t = \prod_{t'=1}^{t}\alpha_{t'}.$$
+#
+# *(The slide text reads $\sqrt{\bar\alpha_t}\,x_{t-1}$ for the mean. It is $x_0$ that is scaled; section 2.3 shows what the other formula does.)*
+#
+# **Proof, first two steps.** Put the first step into the second:
+#
+# $$x_2 = \sqrt{\alpha_2}\bigl(\sqrt{\alpha_1}\,x_0 + \sqrt{1-\alpha_1}\,\epsilon_1\bigr) + \sqrt{1-\alpha_2}\,\epsilon_2
+#   = \sqrt{\alpha_2\alpha_1}\;x_0 + \underbrace{\sqrt{\alpha_2(1-\alpha_1)}\,\epsilon_1 + \sqrt{1-\alpha_2}\,\epsilon_2}_{\text{two independent Gaussian noises}}.$$
+#
+# A sum of *independent* Gaussians is Gaussian, and its variance is the sum of theirs. That sum collapses:
+
+# %%
+a, abar = sympy.symbols("alpha abar", positive=True)  # α_t of one step, and ᾱ of all steps before it
+claim("two noises merge: α₂(1 − α₁) + (1 − α₂) = 1 − α₁α₂", sympy.expand(a * (1 - abar) + (1 - a) - (1 - a * abar)) == 0)
+
+# %% [markdown]
+# **Proof, all steps.** Suppose the claim holds at $t-1$: the noise so far has variance $1-\bar\alpha_{t-1}$. One more step multiplies this
+# variance by $\alpha_t$ and adds $1-\alpha_t$. The line above, read with $\alpha_1$ replaced by $\bar\alpha_{t-1}$, says that the result is
+# $1-\alpha_t\bar\alpha_{t-1} = 1-\bar\alpha_t$. The factor of $x_0$ becomes $\sqrt{\alpha_t}\sqrt{\bar\alpha_{t-1}} = \sqrt{\bar\alpha_t}$. By induction the claim holds for every $t$. ∎
+#
+# **The word that carries the proof is *independent*.** The slide adds the variances of any two Gaussians. Take $\epsilon_2 = -\epsilon_1$: both are
+# Gaussian, each of variance 1, and their sum is not of variance 2. It is 0.
+
+# %%
+e1 = torch.randn(100_000, generator=g)
+claim("independent noises: the variances add", abs((e1 + torch.randn(100_000, generator=g)).var() - 2) < 0.05)
+claim("dependent noises: here they cancel", (e1 + (-e1)).var() == 0)
+
+# %% [markdown]
+# **By experiment.** The 20,000 points that walked 200 steps, against 20,000 that jumped. A two-sample test (Kolmogorov–Smirnov, for each
+# coordinate) asks: could both clouds come from one distribution? A p-value above 1 % means: no reason to doubt it.
+
+# %%
+jumped = chain.perturb(spiral, 200, torch.randn(spiral.shape, generator=g))
+p_values = [stats.ks_2samp(walked[:, i].numpy(), jumped[:, i].numpy()).pvalue for i in range(2)]
+claim("walking and jumping agree (two-sample test at 1 %)", min(p_values) > 0.01)
+plots.overlay(walked[:2000], jumped[:2000], labels=["200 steps", "one jump"]);
+
+# %% [markdown]
+# The two clouds lie on each other. Training can jump to any $t$ at once, and this is what makes diffusion models cheap to train.
+# The kernel is the equation:
+
+# %%
+show_source(chain.perturb)
+
+# %% [markdown]
+# Here `_alpha(t)` is $\sqrt{\bar\alpha_t}$ and `_sigma(t)` is $\sqrt{1-\bar\alpha_t}$; `expand` only brings them to the shape of the batch.
+#
+# > **Two variables, one name.** The slides write $\epsilon_t$ for the noise of step $t$, and $\epsilon_t$ again in $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon_t$. The
+# > second one is all the noise of $t$ steps, merged. They are different variables, with correlation $\sqrt{\beta_t/(1-\bar\alpha_t)}$. In this
+# > course $\epsilon$ without an index is the merged one. The network will predict the merged one.
+
+# %%
+before = chain.perturb(torch.zeros(100_000), 199, torch.randn(100_000, generator=g))
+step_noise = torch.randn(100_000, generator=g)
+merged = ((1 - chain.betas[200]).sqrt() * before + chain.betas[200].sqrt() * step_noise) / chain.sigma(200)
+measured = torch.corrcoef(torch.stack([step_noise, merged.float()]))[0, 1]
+claim("their correlation is √(β_t / (1 − ᾱ_t))", abs(measured - chain.betas[200].sqrt() / chain.sigma(200)) < 0.01)
+
+# %% [markdown]
+# ### 2.3 Spot the bug
+#
+# A public tutorial stood for years with this step: `x + beta * torch.rand_like(x)`. Three things are wrong with it. Find them, and say where the
+# cloud will be after 1000 steps, before you run the cell.
+
+# %%
+bug = spiral[:2000]
+for t in range(1, 1001):
+    bug = bug + float(chain.betas[t]) * torch.rand(bug.shape, generator=g)
+right = chain.perturb(spiral[:2000], 1000, torch.randn(2000, 2, generator=g))
+claim("the right chain ends at N(0, 1)", abs(right.mean()) < 0.05 and abs(right.std() - 1) < 0.05)
+claim("the buggy one drifts away and never becomes Gaussian noise", bug.mean() > 4)
+plots.overlay(right, bug, labels=["right", "buggy"]);
+
+# %% [markdown]
+# The buggy cloud has moved up and to the right, and it is still a spiral. `rand` draws from $[0, 1]$, whose mean is not 0, so every step pushes the same
+# way. `beta` stands where $\sqrt\beta$ should, so the noise is far too small. And nothing shrinks $x$, so the data are never forgotten.
+#
+# The formula of the slide text, $\mathcal N(\sqrt{\bar\alpha_t}\,x_{t-1}, \dots)$, forgets too fast instead. It shrinks by the whole $\sqrt{\bar\alpha_t}$ in every single step.
+
+# %%
+kept, wrong = 1.0, 1.0
+for t in range(1, 201):
+    kept *= (1 - float(chain.betas[t])) ** 0.5
+    wrong *= float(chain.alpha(t))
+claim("the factor of x_0 after 200 steps is √ᾱ_200", abs(kept - float(chain.alpha(200))) < 1e-12)
+claim("with the slide text's formula almost nothing of x_0 is left by then", kept > 0.8 and wrong < 1e-4)
+
+# %% [markdown]
+# ### 2.4 The end of the chain must be noise
+#
+# Sampling will start from $\mathcal N(0, I)$. So the chain must end there: $\bar\alpha_T \approx 0$. What remains of the image at $T$ is the factor $\sqrt{\bar\alpha_T}$.
+#
+# The slide asks that $\alpha_t$ be a decreasing sequence. What is needed is less: every $\alpha_t$ between 0 and 1, so that $\bar\alpha_t$ falls by itself, and
+# enough steps that it falls to about 0. A constant $\alpha_t$ will do.
+
+# %%
+schedules = {"linear β": chain, "constant β": DiscretePath(constant_betas(1000))}
+for name, path in schedules.items():
+    claim(f"{name}: ᾱ_t falls at every step, to below 1e-4", (path.alpha_bars.diff() < 0).all() and path.alpha_bars[-1] < 1e-4)
+t = torch.arange(1001)
+plots.curves(t, {name: path.alpha_bars for name, path in schedules.items()}, "t", "share of the image's variance, ᾱ");
+
+# %% [markdown]
+# Both curves end at 0. The linear schedule keeps more of the image in the early steps; that is its whole advantage here.
+#
+# Now move $t$ yourself. At which $t$ does each digit lose its class? Compare with the number you wrote down.
+
+# %%
+chosen = torch.stack([digits[labels == c][0] for c in range(10)])
+fixed = torch.randn(chosen.shape, generator=g)
+
+
+def noised(t):
+    return plots.grid(chain.perturb(chosen, t, fixed), columns=5)
+
+
+widgets.explore(noised, t=([0, 50, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000], 200))
+
+# %% [markdown]
+# ## 3. The reverse process
+#
+# ### 3.1 What we would like to have
+#
+# To generate, start from noise $x_T\sim\mathcal N(0, I)$ and go back: draw $x_{T-1}$, then $x_{T-2}$, down to $x_0$. For each step we need
+# $q(x_{t-1}\mid x_t)$: *given this noisy image, how did it look one step before?* By Bayes' rule
+#
+# $$q(x_{t-1}\mid x_t) = \frac{q(x_t\mid x_{t-1})\;q(x_{t-1})}{q(x_t)}.$$
+#
+# The first factor is known. But $q(x_{t-1})$ is the distribution of noisy *images*, all of them. Nobody knows it. So it has to be learned,
+# by a model of the form
+#
+# $$p_\theta(x_{t-1}\mid x_t) = \mathcal N\bigl(x_{t-1};\ \mu_\theta(x_t, t),\ \Sigma_\theta(x_t, t)\bigr).$$
+#
+# **Why may it be Gaussian?** In general it may not. It may when the step is small. Here is a world where the exact answer is known: data at $-1$ and $+1$, each a
+# little blurred. We stand at $x_{400} = 0.2$ and ask for the exact distribution some steps earlier.
+#
+# *What would you expect* for one step back, and for all 400?
+
+# %%
+two = toy.GaussianMixture(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), 0.15**2)
+grid = torch.linspace(-3, 3, 60_001, dtype=torch.float64)
+
+
+def one_of_the_past(s, t=400, xt=0.2):
+    """q(x_s | x_t) on the grid, and the Gaussian of the same mean and variance."""
+    a, v = chain.transition(s, t)
+    log_q = two.log_prob(grid[:, None], chain, s) - (xt - a * grid) ** 2 / (2 * v)
+    q = (log_q - log_q.max()).exp()
+    q = q / torch.trapezoid(q, grid)
+    mean = torch.trapezoid(q * grid, grid)
+    std = torch.trapezoid(q * (grid - mean) ** 2, grid).sqrt()
+    return q, torch.distributions.Normal(mean, std).log_prob(grid).exp()
+
+
+# %%
+def back(steps):
+    q, normal = one_of_the_past(400 - steps)
+    near = q + normal > 1e-3 * (q + normal).max()
+    return plots.curves(grid[near], {"exact": q[near], "Gaussian": normal[near]}, f"x, {steps} steps before", "density")
+
+
+def kl(q, p):
+    return torch.trapezoid(torch.where(q > 0, q * (q.log() - p.clamp(min=1e-300).log()), 0), grid)
+
+
+claim("one step back is a Gaussian (KL below 1e-6 nats)", kl(*one_of_the_past(399)) < 1e-6)
+claim("400 steps back it is not (KL above 0.5 nats)", kl(*one_of_the_past(0)) > 0.5)
+widgets.explore(back, steps=([1, 3, 10, 30, 100, 200, 300, 400], 400))
+
+# %% [markdown]
+# Many steps back the answer has two humps, and no Gaussian fits. One step back the two curves are the same line. This is why diffusion takes many small
+# steps: **each is so small that a Gaussian is the right model for it.**
+
+# %% [markdown]
+# ### 3.2 The posterior: one step back when $x_0$ is known
+#
+# We cannot compute $q(x_{t-1}\mid x_t)$. But if someone tells us the clean image as well, we can:
+#
+# $$q(x_{t-1}\mid x_t, x_0) = \frac{q(x_t\mid x_{t-1})\;q(x_{t-1}\mid x_0)}{q(x_t\mid x_0)}.$$
+#
+# All three factors are Gaussians of section 2. (In the first one $x_0$ is dropped: the chain is Markov.) A product of Gaussians in $x_{t-1}$
+# is again Gaussian, and its mean and variance are found by completing the square in the exponent:
+#
+# $$\frac{(x_t-\sqrt{\alpha_t}\,x_{t-1})^2}{\beta_t} + \frac{(x_{t-1}-\sqrt{\bar\alpha_{t-1}}\,x_0)^2}{1-\bar\alpha_{t-1}} - \frac{(x_t-\sqrt{\bar\alpha_t}\,x_0)^2}{1-\bar\alpha_t}
+#   = \frac{(x_{t-1}-\tilde\mu_t)^2}{\tilde\beta_t},$$
+#
+# $$\tilde\mu_t = \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t + \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\,x_0,\qquad
+#   \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t.$$
+#
+# The algebra is long. A computer algebra system does it without slips, and finds that nothing is left over:
+
+# %%
+x0, xs, xt = sympy.symbols("x_0 x_s x_t", real=True)  # x_s stands for x_{t−1}, abar for ᾱ_{t−1}
+abar_t = a * abar
+left = (xt - sympy.sqrt(a) * xs) ** 2 / (1 - a) + (xs - sympy.sqrt(abar) * x0) ** 2 / (1 - abar)
+left -= (xt - sympy.sqrt(abar_t) * x0) ** 2 / (1 - abar_t)
+mu_tilde = (sympy.sqrt(a) * (1 - abar) * xt + sympy.sqrt(abar) * (1 - a) * x0) / (1 - abar_t)
+beta_tilde = (1 - abar) / (1 - abar_t) * (1 - a)
+claim("the square is complete, with remainder 0", sympy.simplify(left - (xs - mu_tilde) ** 2 / beta_tilde) == 0)
+
+# %% [markdown]
+# A second, independent check: Bayes' rule by brute force, with numbers on a fine grid, against the kernel of the course.
+
+# %%
+t, xt_value, x0_value = 300, 0.4, -0.7
+likelihood = torch.distributions.Normal((1 - chain.betas[t]).sqrt() * grid, chain.betas[t].sqrt()).log_prob(torch.tensor(xt_value))
+prior = torch.distributions.Normal(chain.alpha(t - 1) * x0_value, chain.sigma(t - 1)).log_prob(grid)
+bayes = (likelihood + prior).exp()
+bayes = bayes / torch.trapezoid(bayes, grid)
+mean = torch.trapezoid(bayes * grid, grid)
+var = torch.trapezoid(bayes * (grid - mean) ** 2, grid)
+formula = chain.posterior(torch.tensor([xt_value]).double(), torch.tensor([x0_value]).double(), s=t - 1, t=t)
+claim("posterior mean: formula = brute force, to 1e-8", abs(formula[0].item() - mean) < 1e-8)
+claim("posterior variance: formula = brute force, to 1e-8", abs(formula[1].item() - var) < 1e-8)
+
+# %% [markdown]
+# What does $\tilde\mu_t$ say? It is a mixture of where we are, $x_t$, and where we want to go, $x_0$. At $t = 1$ it is $x_0$ itself, and $\tilde\beta_1 = 0$: at the last step
+# nothing is left to chance.
+
+# %%
+s, t = torch.arange(0, 1000), torch.arange(1, 1001)
+keep, pull, beta_tilde = chain.bridge(s, t)
+claim("at t = 1 the posterior is x_0, with variance 0", keep[0] == 0 and pull[0] == 1 and beta_tilde[0] == 0)
+weights = {"of x_t": keep[:60], "of x_0": pull[:60]}
+plots.curves(t[:60], weights, "t", "weight in the posterior mean");
+
+# %% [markdown]
+# Near the data $x_0$ decides. Thirty steps away one step already changes almost nothing: the weight of $x_t$ is near 1.
+
+# %% [markdown]
+# ### 3.3 Let the network guess the noise
+#
+# When we sample, nobody tells us $x_0$. So a network guesses it, and the guess goes into $\tilde\mu_t$. The network may guess $x_0$, or equally well the noise
+# $\epsilon$ that is in $x_t$, for each gives the other: $x_0 = (x_t-\sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$. DDPM lets it guess the noise, $\epsilon_\theta(x_t, t)$. Put into $\tilde\mu_t$, this becomes
+#
+# $$\mu_\theta(x_t, t) = \frac{1}{\sqrt{\alpha_t}}\Bigl(x_t - \frac{1-\alpha_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon_\theta(x_t, t)\Bigr).$$
+
+# %%
+eps_symbol = sympy.Symbol("epsilon", real=True)
+from_noise = (xt - sympy.sqrt(1 - abar_t) * eps_symbol) / sympy.sqrt(abar_t)
+mu = (xt - (1 - a) / sympy.sqrt(1 - abar_t) * eps_symbol) / sympy.sqrt(a)
+claim("the posterior mean in terms of the noise", sympy.simplify(mu_tilde.subs(x0, from_noise) - mu) == 0)
+
+# %% [markdown]
+# ## 4. The loss
+#
+# As for the VAE, the likelihood $p_\theta(x_0)$ is out of reach and a bound takes its place:
+#
+# $$\mathbb E\bigl[-\log p_\theta(x_0)\bigr] \le \mathbb E\Bigl[\underbrace{D_{KL}\bigl(q(x_T\mid x_0)\,\Vert\,p(x_T)\bigr)}_{L_T}
+#   + \sum_{t=2}^{T}\underbrace{D_{KL}\bigl(q(x_{t-1}\mid x_t,x_0)\,\Vert\,p_\theta(x_{t-1}\mid x_t)\bigr)}_{L_{t-1}}\ \underbrace{-\log p_\theta(x_0\mid x_1)}_{L_0}\Bigr].$$
+#
+# Each $L_{t-1}$ compares two Gaussians: the posterior, which knows $x_0$, and the model, which does not. If both have the same variance $\tilde\beta_t$, their KL divergence is
+# the squared distance of their means over $2\tilde\beta_t$. And the two means differ by the error of the noise alone:
+#
+# $$L_{t-1} = \mathbb E\Bigl[\frac{1}{2\tilde\beta_t}\lVert\tilde\mu_t-\mu_\theta\rVert^2\Bigr]
+#   = \mathbb E\Bigl[\frac{\beta_t^2}{2\tilde\beta_t\,\alpha_t(1-\bar\alpha_t)}\,\lVert\epsilon-\epsilon_\theta(x_t,t)\rVert^2\Bigr].$$
+#
+# Check it with a network that is wrong on purpose: it says 0.9 times the true noise.
+
+# %%
+t = 300
+x0 = digits[:4].double()
+eps = torch.randn(x0.shape, generator=g, dtype=torch.float64)
+xt = chain.perturb(x0, t, eps)
+wrong_by_a_tenth = Denoiser(lambda xt, t: 0.9 * eps, chain, predicts="eps")
+kl = losses.bound_term(wrong_by_a_tenth, chain, x0, xt, t - 1, t, variance="posterior")
+beta, beta_tilde = chain.betas[t], chain.posterior(xt, x0, t - 1, t)[1]
+weight = beta**2 / (2 * beta_tilde * (1 - beta) * chain.sigma(t) ** 2)
+by_hand = weight * (0.1 * eps).square().flatten(1).sum(1)
+claim("KL of the two Gaussians = weight × squared error of the noise", torch.allclose(kl, by_hand, rtol=1e-10))
+
+# %% [markdown]
+# DDPM then drops the weight. What is left is the simplest loss one could think of: **add noise, guess the noise, take the squared error.**
+#
+# $$L_{simple} = \mathbb E_{\,t\sim\mathrm{Uniform}\{1,\dots,T\},\ x_0,\ \epsilon}\ \bigl\lVert\epsilon-\epsilon_\theta\bigl(\sqrt{\bar\alpha_t}\,x_0+\sqrt{1-\bar\alpha_t}\,\epsilon,\ t\bigr)\bigr\rVert^2$$
+#
+# Without the weight it no longer is the bound. It is a different weighting of the same terms, which asks less of the tiny noise levels and more of the large ones,
+# where an image gets its shape.
+
+# %%
+show_source(losses.simple)
+
+# %% [markdown]
+# `output` is what the network says and `target` what it should have said; the lines about `weight` serve later notebooks. Compare with the slide:
+#
+# > **Algorithm 1, Training.** Repeat: draw $x_0$ from the data, $t$ from $\{1,\dots,T\}$ and $\epsilon\sim\mathcal N(0, I)$; take a gradient step on $\lVert\epsilon-\epsilon_\theta(\sqrt{\bar\alpha_t}x_0+\sqrt{1-\bar\alpha_t}\epsilon, t)\rVert^2$.
+
+# %% [markdown]
+# ## 5. Train one, now
+#
+# The spiral again: 20,000 points, a chain of 200 steps, and a small network that takes a point and a time and answers with a noise. Every few hundred steps we
+# draw from the model. *Which will it learn first: the overall size of the cloud, or the arms of the spiral?*
+
+# %%
+torch.manual_seed(0)
+short = DiscretePath(linear_betas(200))
+model = Denoiser(nets.MLP(dim=2), short, predicts="eps")
+batch = training.batches(spiral, short, size=256, seed=0)
+seen, start = {}, torch.randn(2000, 2, generator=g)
+
+
+def draw(fit):
+    noise = torch.Generator().manual_seed(1)
+    seen[fit.step] = samplers.last(samplers.ddpm(fit.ema, short, start, short.times(200), generator=noise))
+
+
+trained = training.fit(
+    model, losses.simple, batch, steps=training.scaled(cpu=1200, gpu=20_000), watch=draw, watch_every=training.scaled(400, 5000)
+)
+
+# %%
+snapshots = {"start": start} | {f"{step} steps": x for step, x in seen.items()}
+plots.film_points(list(snapshots.values()), times=list(snapshots), title="What the model draws, as it learns");
+
+# %% [markdown]
+# The size comes first, the arms later: coarse before fine. The loss would not have told you. It falls fast, then stays far from 0, for nobody
+# can guess all of the noise: where two arms overlap under the noise, even the ideal network does not know which one a point came from.
+
+# %%
+smooth = torch.tensor(trained.losses).unfold(0, 50, 50).mean(1)
+plots.curves(50 * torch.arange(1, len(smooth) + 1), {"loss": smooth}, "training step", "mean of 50 losses");
+
+# %% [markdown]
+# ## 6. Sampling
+#
+# > **Algorithm 2, Sampling.** Draw $x_T\sim\mathcal N(0, I)$. For $t = T,\dots,1$: draw $z\sim\mathcal N(0, I)$ if $t>1$, else $z = 0$;
+# > $x_{t-1} = \frac{1}{\sqrt{\alpha_t}}\bigl(x_t-\frac{1-\alpha_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon_\theta(x_t,t)\bigr)+\sigma_t z$. Return $x_0$.
+#
+# Here it is, word by word, with $\sigma_t^2 = \beta_t$. The sampler of the course works with $\hat x_0$ in place of $\epsilon_\theta$, and takes the same steps.
+
+# %%
+@torch.no_grad()
+def algorithm_2(network, path, x, generator):
+    for t in range(path.T, 0, -1):
+        alpha, alpha_bar = 1 - path.betas[t].item(), path.alpha_bars[t].item()
+        noise = network(x, path.unit(t).expand(len(x)))
+        x = (x - (1 - alpha) / (1 - alpha_bar) ** 0.5 * noise) / alpha**0.5
+        if t > 1:
+            x = x + path.betas[t].item() ** 0.5 * torch.randn(x.shape, generator=generator)
+    return x
+
+
+by_the_slide = algorithm_2(trained.ema.net, short, start, torch.Generator().manual_seed(2))
+states = list(samplers.ddpm(trained.ema, short, start, short.times(200), generator=torch.Generator().manual_seed(2)))
+claim("Algorithm 2 and the course's sampler walk the same way", torch.allclose(by_the_slide, states[-1], atol=1e-3))
+
+# %%
+plots.film_points([start, *states], times=list(range(200, -1, -1)), columns=6, title="Reverse: from noise to data");
+
+# %% [markdown]
+# Most of the picture is made in the last fifty steps. Before, the cloud only draws together.
+#
+# > **Spot the bug.** The slide text of Algorithm 2 has $\bar\alpha_t$ in both places where $\alpha_t$ belongs:
+# > $x_{t-1} = \frac{1}{\sqrt{\bar\alpha_t}}\bigl(x_t-\frac{1-\bar\alpha_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon_\theta\bigr)+\sigma_t z$. What is this the formula of? What will it draw?
+#
+# To blame the line and not the training, we take data whose ideal denoiser is known: eight Gaussians on a ring.
+
+# %%
+ring = toy.ring(count=8, radius=1.5, std=0.25)
+ideal = ring.denoiser(short)  # E[x_0 | x_t], exactly
+right = samplers.last(samplers.ddpm(ideal, short, start, short.times(200), generator=g))
+slid = start
+for t in range(200, 0, -1):
+    slid = ideal(slid, t)  # (x_t − √(1−ᾱ_t)·ε) / √ᾱ_t is x̂_0, and not the mean of x_{t−1}
+    if t > 1:
+        slid = slid + short.betas[t].item() ** 0.5 * torch.randn(slid.shape, generator=g)
+
+
+def blur(x):  # the distance of a point to the nearest of the eight centres, root mean square, one coordinate
+    return (torch.cdist(x, ring.means).min(dim=1).values.square().mean() / 2).sqrt()
+
+
+claim("Algorithm 2 keeps the blur of the data, 0.25", abs(blur(right) - 0.25) < 0.03)
+claim("the slide text's line loses half of it", blur(slid) < 0.6 * 0.25)
+plots.overlay(right, slid, labels=["Algorithm 2", "slide text"]);
+
+# %% [markdown]
+# The line jumps to $\hat x_0$, the *mean* of all clean points that fit, and pretends that this is $x_{t-1}$. It draws averages. On images they would be
+# too smooth, and nobody would see why.
+#
+# **What is $\sigma_t$?** One slide sets $\Sigma_\theta$ to the upper bound $\beta_t$, a later one to $\tilde\beta_t$. Both are choices. They differ only near the data, and with enough steps
+# both work.
+
+# %%
+with_posterior = samplers.last(samplers.ddpm(trained.ema, short, start, short.times(200), variance="posterior", generator=g))
+gaps = [torch.cdist(spiral[:2000], x).min(dim=1).values.mean() for x in (states[-1], with_posterior)]
+claim("either variance covers the spiral: every arm has samples nearby", max(gaps) < 0.05)
+ratio = short.bridge(torch.arange(200), torch.arange(1, 201))[2] / short.betas[1:]
+claim("β̃/β is 0 at t = 1 and above 0.9 from t = 20 on", ratio[0] == 0 and ratio[19:].min() > 0.9)
+plots.curves(torch.arange(1, 201), {"β̃ / β": ratio}, "t", "ratio of the two variances", logx=True);
+
+# %% [markdown]
+# ## 7. Digits
+#
+# Now the same with images. A network for 28×28 pixels takes longer than half a minute to train, so a trained one comes with the course. Its card says what it is.
+
+# %%
+digit_model = checkpoints.load("mnist-unet")
+card = digit_model.card
+print(card["what"])
+print(f"{sum(p.numel() for p in digit_model.parameters()):,} parameters, {card['steps']:,} steps, trained on {card['images']:,} images")
+print("train it again:", card["recipe"])
+
+# %% [markdown]
+# Three things are new; the ideas are the same.
+#
+# - **The path.** The model was trained on the *cosine path*, where $\alpha(t) = \cos(\pi t/2)$ and $\sigma(t) = \sin(\pi t/2)$ for $t$ from 0 to 1. In the chain's words
+#   $\alpha(t) = \sqrt{\bar\alpha_t}$ and $\sigma(t) = \sqrt{1-\bar\alpha_t}$. Any descending list of times is a chain, and `ddpm` runs on it.
+# - **What it predicts.** Not $\epsilon$ but $v = \alpha\,\epsilon - \sigma\,x_0$. Given $x_t$, each of $x_0$, $\epsilon$ and $v$ gives the others; but where $\alpha = 0$, $\epsilon$ says nothing about $x_0$, and $v$ still does.
+# - **The class.** The network is told the label. One label in ten was hidden while it learned, so it can also draw without one.
+
+# %%
+t = torch.linspace(0, 1, 101)
+curves = {"chain, linear β": chain.alpha_bars[::10], "cosine path": Cosine().alpha(t) ** 2}
+plots.curves(t, curves, "t / T", "share of the image's variance, α²");
+
+# %% [markdown]
+# Before we let it draw, look at what it knows. Below, each column is a real test image, noised to time $t$ (top), and the network's guess $\hat x_0$ (bottom). Move $t$. *Where does
+# it stop copying and start inventing?*
+
+# %%
+@torch.no_grad()
+def guess(t):
+    xt = digit_model.path.perturb(chosen, t, fixed)
+    x0_hat = clipped(digit_model)(xt, t, y=torch.arange(10))
+    return plots.rows([xt, x0_hat], labels=["x_t", "guess"])
+
+
+widgets.explore(guess, t=([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0], 0.7))
+
+# %% [markdown]
+# With little noise the guess is a copy. With much noise it is blurred: the network cannot know which "4" it was, and the squared error makes it answer with the *average*
+# of all that fit. At $t = 1$ it sees nothing but the label, and answers with the mean image of the class. The single guess is never a good sample. The way back, step by step, is.
+
+# %%
+asked = torch.arange(10).repeat_interleave(4)
+times = digit_model.path.times(150)
+noise = torch.randn(40, 1, 28, 28, generator=g)
+conditional = clipped(lambda xt, t: digit_model(xt, t, y=asked))
+states = [noise, *samplers.ddpm(conditional, digit_model.path, noise, times, variance="posterior", generator=g)]
+drawn = states[-1]
+plots.rows(list(drawn.unflatten(0, (10, 4))), labels=list(range(10)), title="Asked for, and drawn")
+
+# %% [markdown]
+# Each row is one class. None of these digits was ever written by anyone. Are they what was asked for? A simple judge: find the most similar of 10,000 training images,
+# and take its label. On real test images this judge is right about 95 times in a hundred.
+
+# %%
+train_digits, train_labels = data.images(data.load("mnist", "train"))
+nearest = torch.cdist(drawn.flatten(1), train_digits.flatten(1)).argmin(dim=1)
+agree = (train_labels[nearest] == asked).float().mean()
+claim("at least 36 of the 40 digits are what was asked for", agree >= 0.9)
+
+# %% [markdown]
+# The film of the way back, and the same as an animation. *When is it decided what the digit will be, and when how it is written?*
+
+# %%
+pick = [0, 8, 17, 28, 37]
+plots.film([x[pick] for x in states], times=[f"{t:.2f}" for t in times], rows=5, title="Reverse: from noise to digits")
+
+# %%
+plots.animate([x[::2] for x in states], times=times.tolist(), seconds=6)
+
+# %% [markdown]
+# First a blurred blob takes its place, then the strokes, at last the sharp edges. As with the spiral: coarse before fine.
+
+# %% [markdown]
+# ## 8. Recap
+#
+# - The forward process adds noise in small steps. It has a closed form, so training jumps to any $t$ at once.
+# - One step back is nearly Gaussian because it is small. Given $x_0$ it is exactly Gaussian, with mean $\tilde\mu_t$ and variance $\tilde\beta_t$.
+# - The network's guess takes the place of $x_0$. Each term of the bound becomes a squared error of the noise, and DDPM drops the weights.
+# - Algorithm 1: add noise, guess it, square the error. Algorithm 2: guess, step back, add a little noise, again.
+#
+# **Pitfalls**
+#
+# - $\beta$ or $\sqrt\beta$? A variance or a deviation? Most wrong diffusion code mixes these up, and still draws something.
+# - $\alpha_t$ (one step) is not $\bar\alpha_t$ (all steps so far). The slide text of Algorithm 2 shows how easily the bar slips in.
+# - No noise at the last step: $z = 0$ at $t = 1$.
+# - $\bar\alpha_0 = 1$ belongs into the table. Code that starts its table at $\bar\alpha_1$ needs a special case in every formula, and forgets one.
+# - With another number of steps, scale $\beta$: the sum of all noise must stay.
+#
+# **References**
+#
+# - Ho, Jain, Abbeel: *Denoising Diffusion Probabilistic Models*, 2020. The lecture's main source.
+# - Sohl-Dickstein, Weiss, Maheswaranathan, Ganguli: *Deep Unsupervised Learning using Nonequilibrium Thermodynamics*, 2015. Where the idea began.
+# - Nichol, Dhariwal: *Improved Denoising Diffusion Probabilistic Models*, 2021. The cosine schedule.
+# - Salimans, Ho: *Progressive Distillation for Fast Sampling of Diffusion Models*, 2022. The prediction of $v$.
