@@ -17,7 +17,7 @@ export DO_NOT_TRACK = 1
 .DEFAULT_GOAL = help
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 run: .venv/installed
 	@$(IN) -m dgm_course.cli run

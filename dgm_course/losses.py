@@ -91,6 +91,8 @@ def bound_term(
         raise ValueError(f"variance must be 'beta' or 'posterior'; got {variance!r}")
     if any(isinstance(time, Tensor) and time.ndim for time in (s, t)):
         raise ValueError("s and t must be numbers: one term of the bound is one step of the chain")
+    if bins is not None and bins < 2:
+        raise ValueError(f"bins must be at least 2; got {bins}")
     _, step = path.transition(s, t)
     _, pull, posterior = path.bridge(s, t)
     x0_hat = d(xt, t)

