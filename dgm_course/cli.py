@@ -47,6 +47,8 @@ def run(
             pages.write_page(notebooks.execute(copy / notebook.name, timeout), page, copy)
 
         failed = each(chosen, make)
+    if (root / "README.md").is_file():
+        pages.write_readme(root / "README.md", out)
     index = pages.write_index(out)
     done = len(chosen) - failed
     console.print(f"\n{done} of {len(chosen)} notebooks ran in {time.perf_counter() - start:.0f} s. Pages: {out}")

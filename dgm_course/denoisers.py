@@ -2,7 +2,6 @@ r"""Denoisers: functions (x_t, t) → x̂_0. The only place that knows what a ne
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from dgm_course.paths.base import QUANTITIES, GaussianPath, Time
@@ -64,7 +63,9 @@ class Denoiser(nn.Module):
         output = self.net(xt, self.path.units(t, len(xt), xt.device), **cond)
         shape = (len(xt), 2 * xt.shape[1], *xt.shape[2:]) if self.learned_variance else xt.shape
         if output.shape != shape:
-            raise ValueError(f"net must return shape {tuple(shape)} for xt of shape {tuple(xt.shape)}; got {tuple(output.shape)}")
+            raise ValueError(
+                f"net must return shape {tuple(shape)} for xt of shape {tuple(xt.shape)}; got {tuple(output.shape)}"
+            )
         return output.chunk(2, dim=1) if self.learned_variance else (output, None)
 
 

@@ -5,7 +5,6 @@ fast, and without them.
 """
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 
 __all__ = ["NotebookError", "build", "execute", "from_source", "stale"]
 
-STATE_LIMIT = 300_000  # bytes of widget state that a stored notebook may carry
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -140,8 +139,13 @@ def build(source: str | Path, folder: str | Path, timeout: float = 300) -> Path:
     notebook = from_source(source)
     target = Path(folder) / f"{Path(source).stem}.ipynb"
     run_cells(notebook, target.stem, target.parent, timeout)
-    state = notebook.metadata.get("widgets", {})
-    notebook.metadata = {**METADATA, **({"widgets": state} if 0 < len(json.dumps(state)) - 2 <= STATE_LIMIT else {})}
+    notebook.metadata = dict(METADATA)  # without the state of widgets, which need a kernel anyway
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "text/html" in output.get(
+                "data", {}
+            ):  # until the cell is run, the slider that needs no kernel is the better one
+                output.data.pop(WIDGET, None)
     write(notebook, target)
     return target
 

@@ -5,12 +5,11 @@ import re
 from pathlib import Path
 from string import Template
 
-from dgm_course.notebooks import needs_dev
+from dgm_course.notebooks import WIDGET, needs_dev
 
-__all__ = ["write_index", "write_page"]
+__all__ = ["write_index", "write_page", "write_readme"]
 
 ASSETS = Path(__file__).parent / "assets"
-WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"\d+%\|.*|\d+it \[|\r")  # what tqdm writes to a console
 ANCHOR = re.compile(r'<a class="anchor-link"[^>]*>.*?</a>')
 DOLLAR = re.compile(r"(```.*?```|`[^`]*`)|\\\$", re.DOTALL)  # an escaped dollar, or code, where it stays
@@ -46,6 +45,7 @@ def write_page(notebook, target: str | Path, folder: str | Path = ".") -> Path:
     )
     body, _ = exporter.from_notebook_node(for_reading(notebook), {"metadata": {"path": str(folder)}})
     body = NEIGHBOUR.sub(r"\1\2.html\3", REMOTE.sub("", ANCHOR.sub("", body)))
+    body = body.replace('href="../README.md', 'href="readme.html').replace('href="notebooks/', 'href="')
     body = body.replace(MONEY, "<span>$</span>")  # alone in an element, a dollar opens no formula
     contents = "\n".join(
         f'<li class="h{level}"><a href="#{anchor}">{text}</a></li>' for level, anchor, text in HEADING.findall(body)
@@ -55,6 +55,14 @@ def write_page(notebook, target: str | Path, folder: str | Path = ".") -> Path:
         f'<li><a href="index.html">← all notebooks</a></li>\n{contents}\n</ol></details>'
     )
     return write_html(target, title(notebook) or Path(target).stem, body, contents)
+
+
+def write_readme(readme: Path, folder: Path) -> Path:
+    """Write the README as `readme.html`, for the notebooks link to its symbols."""
+    import nbformat.v4
+
+    text = nbformat.v4.new_markdown_cell(readme.read_text(encoding="utf-8"))
+    return write_page(nbformat.v4.new_notebook(cells=[text]), folder / "readme.html", readme.parent)
 
 
 def write_index(folder: str | Path) -> Path:

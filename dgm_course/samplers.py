@@ -1,7 +1,8 @@
 r"""Samplers: plain functions of (denoiser, path, x, times) that return the states on the way from noise to data.
 
-Every solver here moves by :math:`x_s = \text{keep}\cdot x_t + \text{pull}\cdot\hat x_0 + \text{std}\cdot z`. The coefficients depend on the
-path and the grid of times alone, so they are worked out once, in float64; what is left for a step is two fused operations.
+Every solver here moves by :math:`x_s = \text{keep}\cdot x_t + \text{pull}\cdot\hat x_0 + \text{std}\cdot z`. The coefficients
+depend on the path and the grid of times alone, so they are worked out once, in float64; what is left for a step is a
+multiplication and an addition.
 """
 
 import math
@@ -209,8 +210,8 @@ def _ddim_coefficients(path: GaussianPath, t: Time, s: Time, eta: float):
 def heun_step(denoiser: Callable, path: GaussianPath, xt: Tensor, t: Time, s: Time) -> Tensor:
     r"""A step of the probability-flow ODE by Heun's rule, second order, two evaluations.
 
-    In the variables :math:`\bar x = x/\alpha` and :math:`\varsigma = \sigma/\alpha` the ODE is :math:`d\bar x/d\varsigma = \hat\epsilon`. An Euler step in
-    them is DDIM; Heun repeats it with the mean of ε̂ at both ends:
+    In the variables :math:`\bar x = x/\alpha` and :math:`\varsigma = \sigma/\alpha` the ODE is
+    :math:`d\bar x/d\varsigma = \hat\epsilon`. An Euler step in them is DDIM; Heun repeats it with the mean of ε̂ at both ends:
 
     .. math:: x_s = \tfrac{\alpha_s}{\alpha_t}x_t + \alpha_s(\varsigma_s - \varsigma_t)\,\tfrac{\hat\epsilon_t + \hat\epsilon_s}{2}
 
@@ -269,7 +270,13 @@ def _heun_coefficients(path: GaussianPath, t: Time, s: Time):
 
 
 def dpm_solver_pp_2m_step(
-    path: GaussianPath, xt: Tensor, x0: Tensor, t: Time, s: Time, x0_before: Tensor | None = None, t_before: Time | None = None
+    path: GaussianPath,
+    xt: Tensor,
+    x0: Tensor,
+    t: Time,
+    s: Time,
+    x0_before: Tensor | None = None,
+    t_before: Time | None = None,
 ) -> Tensor:
     r"""A second-order step that extrapolates x̂_0 from this time and the one before, linearly in λ, half the log-SNR.
 
@@ -354,7 +361,9 @@ def _start(path: GaussianPath, x: Tensor, times) -> Tensor:
     if not isinstance(path, GaussianPath):
         raise TypeError(f"path must be a GaussianPath; got {type(path).__name__}")
     same_shape(x=x)
-    times = times.cpu() if isinstance(times, Tensor) else torch.as_tensor(times, dtype=torch.float64)  # a list keeps its digits
+    times = (
+        times.cpu() if isinstance(times, Tensor) else torch.as_tensor(times, dtype=torch.float64)
+    )  # a list keeps its digits
     times = path._time(times, "times")
     if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
         raise ValueError(f"times must be strictly descending, shape (N + 1,) with N ≥ 1; got {times.tolist()}")
@@ -393,5 +402,7 @@ def _watched(states: Iterator[Tensor], times: Tensor) -> Iterator[Tensor]:
     for step, x in enumerate(states):
         if not math.isfinite(x.sum()):  # the sum is finite only if every value is
             t, s = times[step : step + 2].tolist()
-            raise FloatingPointError(f"the state is not finite after step {step + 1} of {len(times) - 1}, from t = {t:g} to {s:g}")
+            raise FloatingPointError(
+                f"the state is not finite after step {step + 1} of {len(times) - 1}, from t = {t:g} to {s:g}"
+            )
         yield x

@@ -101,7 +101,9 @@ def cosine_betas(T: int = 1000, offset: float = 0.008, clip: float = 0.999) -> T
     return (1 - f[1:] / f[:-1]).clamp(max=clip)
 
 
-def sigmoid_betas(T: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, clip: float = 0.999) -> Tensor:
+def sigmoid_betas(
+    T: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, clip: float = 0.999
+) -> Tensor:
     r"""The chain whose ᾱ_t follow :class:`dgm_course.paths.Sigmoid` at t/T: :math:`\beta_t = 1 - \bar\alpha_t/\bar\alpha_{t-1}`, clipped.
 
     Source:

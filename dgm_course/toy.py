@@ -35,14 +35,20 @@ class GaussianMixture:
     def __init__(self, means: Tensor, covs: Tensor | float, weights: Tensor | None = None):
         means = torch.as_tensor(means)
         if means.ndim != 2 or not means.is_floating_point():
-            raise ValueError(f"means must be floating-point of shape (K, d); got {means.dtype} of shape {tuple(means.shape)}")
+            raise ValueError(
+                f"means must be floating-point of shape (K, d); got {means.dtype} of shape {tuple(means.shape)}"
+            )
         count, dim = means.shape
         covs = torch.as_tensor(covs, dtype=means.dtype)
         if covs.ndim < 2 and covs.shape in ((), (count,)):
             covs = covs.reshape(-1, 1, 1).expand(count, 1, 1) * torch.eye(dim, dtype=means.dtype)
         if covs.shape != (count, dim, dim) or not torch.allclose(covs, covs.mT):
-            raise ValueError(f"covs must be a number, ({count},) or symmetric ({count}, {dim}, {dim}); got shape {tuple(covs.shape)}")
-        weights = torch.ones(count, dtype=means.dtype) if weights is None else torch.as_tensor(weights, dtype=means.dtype)
+            raise ValueError(
+                f"covs must be a number, ({count},) or symmetric ({count}, {dim}, {dim}); got shape {tuple(covs.shape)}"
+            )
+        weights = (
+            torch.ones(count, dtype=means.dtype) if weights is None else torch.as_tensor(weights, dtype=means.dtype)
+        )
         if weights.shape != (count,) or not bool((weights > 0).all()):
             raise ValueError(f"weights must be positive, shape ({count},); got {weights.tolist()}")
         self.means, self.weights = means, weights / weights.sum()
@@ -68,7 +74,8 @@ class GaussianMixture:
     def denoiser(self, path: GaussianPath) -> Callable[[Tensor, Time], Tensor]:
         r"""The ideal denoiser :math:`(x_t, t) \mapsto \mathbb E[x_0 \mid x_t]`, a mean of the components' regressions.
 
-        .. math:: \mathbb E[x_0 \mid x_t] = \sum_k p(k \mid x_t)\,\bigl(m_k + \alpha_t C_k(\alpha_t^2 C_k + \sigma_t^2 I)^{-1}(x_t - \alpha_t m_k)\bigr)
+        .. math:: \mathbb E[x_0 \mid x_t] = \sum_k p(k \mid x_t)\,
+                  \bigl(m_k + \alpha_t C_k(\alpha_t^2 C_k + \sigma_t^2 I)^{-1}(x_t - \alpha_t m_k)\bigr)
         """
 
         def denoise(xt: Tensor, t: Time) -> Tensor:
@@ -83,7 +90,9 @@ class GaussianMixture:
         if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
             raise ValueError(f"x must have shape (B, {self.means.shape[1]}); got {tuple(x.shape)}")
         like = x[:, None, :]
-        alpha, sigma = (expand(path.alpha(t), like), expand(path.sigma(t), like)) if path else (x.new_ones(()), x.new_zeros(()))
+        alpha, sigma = (
+            (expand(path.alpha(t), like), expand(path.sigma(t), like)) if path else (x.new_ones(()), x.new_zeros(()))
+        )
         turned = torch.einsum("kde,bkd->bke", self._axes.to(x), like - alpha * self.means.to(x))
         var = alpha**2 * self._spread.to(x) + sigma**2
         log_normal = -0.5 * (turned**2 / var + var.log() + math.log(2 * math.pi)).sum(2)

@@ -159,7 +159,7 @@ def fit(
     done = Fit(ema=copy.deepcopy(model).requires_grad_(False).eval())
     if state is not None and Path(state).is_file():
         _load(Path(state), model, optimizer, done, steps)
-    shown = {} if progress and accelerator.is_main_process else {"disable": True}  # else TQDM_DISABLE may decide
+    quiet = not progress or not accelerator.is_main_process or "TQDM_DISABLE" in os.environ
     halt = False
 
     def save():
@@ -168,7 +168,7 @@ def fit(
 
     with (
         _stop_signals(state is not None) as stopped,
-        tqdm(total=steps, initial=done.step, leave=False, **shown) as bar,
+        tqdm(total=steps, initial=done.step, leave=False, disable=quiet) as bar,
     ):
         while done.step < steps and not halt:
             for group in optimizer.param_groups:

@@ -208,12 +208,17 @@ def test_a_failing_build_leaves_the_old_notebook(course):
     assert (course / "01_one.ipynb").read_bytes() == once
 
 
-def test_widget_state_is_stored_up_to_a_limit(course, monkeypatch):
+def test_a_built_notebook_keeps_the_slider_that_needs_no_kernel(course):
+    """Of a bundle with both, the live widget is left to who runs the cell; a widget alone stays, or nbval would miss it."""
     source = course / "src" / "01_one.py"
-    source.write_text("# %%\nimport ipywidgets\nipywidgets.IntSlider()\n")
-    assert "widgets" in nbformat.read(notebooks.build(source, course), as_version=4).metadata
-    monkeypatch.setattr(notebooks, "STATE_LIMIT", 100)
-    assert "widgets" not in nbformat.read(notebooks.build(source, course), as_version=4).metadata
+    source.write_text(
+        "# %%\nimport ipywidgets\nipywidgets.IntSlider()\n"
+        "# %%\ndisplay({'application/vnd.jupyter.widget-view+json': {}, 'text/html': '<p>', 'text/plain': 'x'}, raw=True)\n"
+    )
+    built = nbformat.read(notebooks.build(source, course), as_version=4)
+    alone, both = (cell.outputs[0].data for cell in built.cells)
+    assert notebooks.WIDGET in alone and notebooks.WIDGET not in both and both["text/html"] == "<p>"
+    assert "widgets" not in built.metadata
 
 
 def test_the_kernel_is_this_python(tmp_path):

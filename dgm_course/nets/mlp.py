@@ -1,6 +1,5 @@
 """A small network for points."""
 
-import torch
 from torch import Tensor, nn
 
 from dgm_course.nets.embeddings import LabelEmbedding, TimeEmbedding
@@ -31,7 +30,8 @@ class MLP(nn.Module):
         self.label = LabelEmbedding(num_classes, width) if num_classes else None
         self.enter = nn.Linear(dim, width)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth)
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(depth)
         )
         self.leave = nn.Linear(width, dim)
 

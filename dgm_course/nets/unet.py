@@ -124,7 +124,9 @@ class UNet(nn.Module):
 
     def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if xt.ndim != 4 or any(side % (2 * self.fold) for side in xt.shape[2:]):
-            raise ValueError(f"xt must have shape (B, C, H, W), H and W divisible by {2 * self.fold}; got {tuple(xt.shape)}")
+            raise ValueError(
+                f"xt must have shape (B, C, H, W), H and W divisible by {2 * self.fold}; got {tuple(xt.shape)}"
+            )
         if y is not None and self.label is None:
             raise ValueError("y was given, but this UNet was built with num_classes = 0")
         condition = self.time(t)

@@ -29,9 +29,13 @@ def same_shape(**tensors: Tensor) -> None:
     (first, reference), *_ = tensors.items()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor; got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+            raise TypeError(
+                f"{name} must be a floating-point tensor; got {getattr(tensor, 'dtype', type(tensor).__name__)}"
+            )
         if tensor.shape != reference.shape:
-            raise ValueError(f"{name} must have the shape of {first}, {tuple(reference.shape)}; got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must have the shape of {first}, {tuple(reference.shape)}; got {tuple(tensor.shape)}"
+            )
 
 
 class GaussianPath:
@@ -279,7 +283,9 @@ class GaussianPath:
         p, q = self._conversion(t, given, to)
         if not bool((good := p.isfinite() & q.isfinite()).all()):
             where = t[~good].unique().tolist()
-            raise ValueError(f"x_t and {given} do not determine {to} at t = {where} of {self!r}: α or σ is 0 there, or a rate infinite")
+            raise ValueError(
+                f"x_t and {given} do not determine {to} at t = {where} of {self!r}: α or σ is 0 there, or a rate infinite"
+            )
         return expand(p, xt) * xt + expand(q, xt) * value
 
     def _conversion(self, t: Tensor, given: str, to: str) -> tuple[Tensor, Tensor]:

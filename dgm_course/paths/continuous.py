@@ -26,7 +26,9 @@ class VP(GaussianPath):
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
         super().__init__()
         if not 0 <= beta_min <= beta_max or beta_max == 0:
-            raise ValueError(f"beta_min and beta_max must satisfy 0 ≤ beta_min ≤ beta_max and beta_max > 0; got {beta_min}, {beta_max}")
+            raise ValueError(
+                f"beta_min and beta_max must satisfy 0 ≤ beta_min ≤ beta_max and beta_max > 0; got {beta_min}, {beta_max}"
+            )
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def _log_alpha(self, t: Tensor) -> Tensor:
@@ -65,7 +67,9 @@ class VE(GaussianPath):
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
         super().__init__()
         if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max; got {sigma_min}, {sigma_max}")
+            raise ValueError(
+                f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max; got {sigma_min}, {sigma_max}"
+            )
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def _alpha(self, t: Tensor) -> Tensor:

@@ -39,7 +39,9 @@ class DiscretePath(GaussianPath):
         if not bool(((betas > 0) & (betas <= 1)).all()):
             raise ValueError(f"betas must lie in (0, 1]; got {betas.min().item():g} … {betas.max().item():g}")
         if bool((betas[:-1] == 1).any()):
-            raise ValueError("betas may be 1 in the last step only: after it no signal is left that a later step could lose")
+            raise ValueError(
+                "betas may be 1 in the last step only: after it no signal is left that a later step could lose"
+            )
         self.T = self.horizon = len(betas)
         self.betas = torch.cat([betas.new_zeros(1), betas])
         self._log_alpha_bars = torch.log1p(-self.betas).cumsum(0)  # a sum of logs keeps 1 − ᾱ_t exact where it is small

@@ -1,0 +1,170 @@
+"""Whole runs against Hugging Face diffusers: the same network outputs, the same noise, float32, every state within 1e-5.
+
+Where the conventions differ:
+- Their index i of a trained table is our t = i + 1: their tables start at ᾱ_1, ours at ᾱ_0 = 1. The step to the data
+  is their "final" value, our t = 0.
+- Their tables are float32 products; they are given our float64 ᾱ_t here, so that what is compared is the algebra. The
+  tables themselves are compared by their own test.
+- Their DDIM steps to t − T // n whatever the spacing says, so only grids with n dividing T agree ("trailing" is ours).
+- Their DDPM with "fixed_large" noises the very last state too, unless the last index is 0: on part of the chain it ends
+  at x̂_0 + √β·z. Ours ends at x̂_0, which theirs reports as well; that is what the last state is held against.
+- Their DPM-Solver++ rounds σ and λ to float32.
+"""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from dgm_course.denoisers import Denoiser, clipped
+from dgm_course.paths import DiscretePath
+from dgm_course.samplers import ddim, ddpm, dpm_solver_pp_2m
+from dgm_course.schedules import cosine_betas, linear_betas
+
+T = 1000
+PREDICTS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+
+
+def network(xt, t):
+    """A fixed smooth function of the state and of t/T, shape (B,), that mixes neighbours as a network does."""
+    wave = torch.sin(3 * t).reshape(-1, *[1] * (xt.ndim - 1))
+    return torch.tanh(0.8 * xt + 0.3 * xt.roll(1, dims=-1) + wave)
+
+
+def start():
+    return torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def scheduler_of(kind, path, **settings):
+    """Their scheduler on our chain, with its float32 table replaced by ours in float64."""
+    scheduler = kind(num_train_timesteps=path.T, trained_betas=path.betas[1:].numpy(), timestep_spacing="trailing", **settings)
+    scheduler.alphas_cumprod = path.alpha_bars[1:].clone()
+    return scheduler
+
+
+def their_run(scheduler, steps, seed=7, **options):
+    """The states of their loop and the times it visits, as our t."""
+    scheduler.set_timesteps(steps)
+    if "eta" in options or isinstance(scheduler, DDPMScheduler):
+        options["generator"] = torch.Generator().manual_seed(seed)
+    x, states = start(), []
+    for i in scheduler.timesteps:
+        out = network(x, ((i + 1) / T).float().expand(len(x)))
+        result = scheduler.step(out, i, x, **options)
+        x = result.prev_sample
+        states.append(x)
+    if hasattr(result, "pred_original_sample"):
+        states[-1] = result.pred_original_sample
+    return states, [*(scheduler.timesteps + 1).tolist(), 0]
+
+
+def agree(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-5)
+
+
+def noise():
+    return torch.Generator().manual_seed(7)
+
+
+@pytest.mark.parametrize("predicts", PREDICTS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("theirs, ours", [("fixed_small", "posterior"), ("fixed_large", "beta")])
+@pytest.mark.parametrize("steps, clip", [(1000, True), (50, True), (50, False), (7, True)])
+def test_ddpm(predicts, schedule, theirs, ours, steps, clip):
+    """Ancestral sampling with β̃ and with β, over the whole chain and over part of it, clipped or not."""
+    if steps == 1000 and schedule == "cosine" and predicts != "v":
+        steps = 100  # the long run once for each schedule and variance is enough
+    if schedule == "cosine" and predicts == "eps" and not clip:
+        clip = True  # at t = T ε is divided by 5e-5: without a clip both sides are made of rounding
+    path = DiscretePath(SCHEDULES[schedule](T))
+    scheduler = scheduler_of(
+        DDPMScheduler, path, variance_type=theirs, prediction_type=PREDICTS[predicts], clip_sample=clip
+    )
+    states, times = their_run(scheduler, steps)
+    assert times == path.times(steps).tolist()
+    d = Denoiser(network, path, predicts)
+    d = clipped(d) if clip else d
+    agree(list(ddpm(d, path, start(), path.times(steps), variance=ours, generator=noise())), states)
+
+
+@pytest.mark.parametrize("predicts", PREDICTS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [10, 50, 250])
+def test_ddim(predicts, schedule, eta, steps):
+    """DDIM, with ε worked out again from the clipped x̂_0 as "use_clipped_model_output" asks for."""
+    path = DiscretePath(SCHEDULES[schedule](T))
+    scheduler = scheduler_of(DDIMScheduler, path, prediction_type=PREDICTS[predicts], clip_sample=True)
+    states, times = their_run(scheduler, steps, eta=eta, use_clipped_model_output=True)
+    assert times == path.times(steps).tolist()
+    d = clipped(Denoiser(network, path, predicts))
+    agree(list(ddim(d, path, start(), path.times(steps), eta=eta, generator=noise())), states)
+
+
+@pytest.mark.parametrize("predicts", PREDICTS)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_unclipped(predicts, eta):
+    """DDIM without a clip on the linear chain."""
+    path = DiscretePath(linear_betas(T))
+    scheduler = scheduler_of(DDIMScheduler, path, prediction_type=PREDICTS[predicts], clip_sample=False)
+    states, times = their_run(scheduler, 20, eta=eta)
+    agree(list(ddim(Denoiser(network, path, predicts), path, start(), times, eta=eta, generator=noise())), states)
+
+
+@pytest.mark.parametrize("predicts", PREDICTS)
+@pytest.mark.parametrize("steps", [5, 10, 20, 50])
+def test_dpm_solver_pp_2m(predicts, steps):
+    """DPM-Solver++(2M) down to σ = 0, first order in the first and in the last step."""
+    path = DiscretePath(linear_betas(T))
+    scheduler = scheduler_of(
+        DPMSolverMultistepScheduler,
+        path,
+        prediction_type=PREDICTS[predicts],
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        lower_order_final=True,
+        final_sigmas_type="zero",
+    )
+    states, times = their_run(scheduler, steps)
+    assert times == path.times(steps).tolist()
+    agree(list(dpm_solver_pp_2m(Denoiser(network, path, predicts), path, start(), times)), states)
+
+
+def test_linear_table():
+    """Their linear β_t and ᾱ_t are ours, shifted by one, up to float32."""
+    scheduler = DDPMScheduler(num_train_timesteps=T, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    path = DiscretePath(linear_betas(T))
+    torch.testing.assert_close(scheduler.betas.double(), path.betas[1:], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), path.alpha_bars[1:], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("length", [50, 1000])
+def test_cosine_table(length):
+    """Their "squaredcos_cap_v2" is the cosine schedule with its clip, up to float32."""
+    scheduler = DDPMScheduler(num_train_timesteps=length, beta_schedule="squaredcos_cap_v2")
+    path = DiscretePath(cosine_betas(length))
+    torch.testing.assert_close(scheduler.betas.double(), path.betas[1:], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), path.alpha_bars[1:], rtol=1e-3, atol=1e-6)
+
+
+def test_jump():
+    """Their add_noise at index t − 1 is our perturb at t."""
+    path = DiscretePath(linear_betas(T))
+    scheduler = scheduler_of(DDPMScheduler, path)
+    x0, eps, t = start(), start().flip(0), torch.tensor([1, 2, 500, 1000])
+    torch.testing.assert_close(path.perturb(x0, t, eps), scheduler.add_noise(x0, eps, t - 1), rtol=1e-5, atol=1e-6)
+
+
+def test_reverse_variances():
+    """Their _get_variance at (420, 400) is β̃ between our times 421 and 401, and near the 0.14771 that they pin."""
+    betas = np.linspace(1e-4, 0.02, T)
+    path = DiscretePath(betas)
+    scheduler = scheduler_of(DDIMScheduler, path)
+    _, var = path.posterior(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 401, 421)
+    assert var.item() == pytest.approx(scheduler._get_variance(420, 400).item(), rel=1e-10)
+    assert var.item() == pytest.approx(0.14771, abs=2e-5)
