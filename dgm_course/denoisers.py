@@ -60,7 +60,7 @@ class Denoiser(nn.Module):
         return self.path.convert(output, xt, t, given=self.predicts, to="x0"), (fraction + 1) / 2
 
     def _split(self, xt: Tensor, t: Time, **cond) -> tuple[Tensor, Tensor | None]:
-        output = self.net(xt, self.path.units(t, len(xt), xt.device), **cond)
+        output = self.net(xt, self.path.units(t, xt.shape[0], xt.device), **cond)
         shape = (len(xt), 2 * xt.shape[1], *xt.shape[2:]) if self.learned_variance else xt.shape
         if output.shape != shape:
             raise ValueError(

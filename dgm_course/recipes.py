@@ -57,7 +57,7 @@ def train(name: str, source: str | None = None, out: str | Path = "runs", steps:
     draw = training.batches(x, denoiser.path, size=card["batch"], y=y, null=null, seed=card["seed"])
     done = training.fit(denoiser, losses.simple, draw, steps=card["steps"], state=state)
     if PartialState().is_main_process:
-        options = " --source FULL-SET" * bool(source) + f" --steps {steps}" * bool(steps)
+        options = " --source hub" * bool(source) + f" --steps {steps}" * bool(steps)
         card["recipe"] = f"dgm-course train {name}" + options
         card["minutes"] = round(done.seconds / 60, 1)
         card["machine"] = f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"

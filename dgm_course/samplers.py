@@ -361,13 +361,10 @@ def _start(path: GaussianPath, x: Tensor, times) -> Tensor:
     if not isinstance(path, GaussianPath):
         raise TypeError(f"path must be a GaussianPath; got {type(path).__name__}")
     same_shape(x=x)
-    times = (
-        times.cpu() if isinstance(times, Tensor) else torch.as_tensor(times, dtype=torch.float64)
-    )  # a list keeps its digits
-    times = path._time(times, "times")
+    times = times.cpu() if isinstance(times, Tensor) else torch.tensor(times, dtype=torch.float64)  # lists keep digits
+    times = path.tabulate(torch.atleast_1d(times))
     if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
         raise ValueError(f"times must be strictly descending, shape (N + 1,) with N ≥ 1; got {times.tolist()}")
-    path.tabulate(times)
     return times
 
 

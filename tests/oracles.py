@@ -92,7 +92,8 @@ def known(name: str, t) -> tuple[float, float]:
 
 def known_rates(name: str, t) -> tuple[float, float]:
     """α' and σ' at an inner t, from the closed form."""
-    return tuple(float(mp.diff(lambda u: PATHS[name][1](mp, u)[i], mp.mpf(t))) for i in (0, 1))
+    closed = PATHS[name][1]
+    return float(mp.diff(lambda u: closed(mp, u)[0], mp.mpf(t))), float(mp.diff(lambda u: closed(mp, u)[1], mp.mpf(t)))
 
 
 def lookup(name: str, times, which) -> torch.Tensor:

@@ -35,7 +35,10 @@ def test_simple(predicts, shape, generator):
     """Squared error of what the network predicts, averaged over values and samples, sample by sample with numpy."""
     x0, eps = normals(*shape, generator=generator), normals(*shape, generator=generator)
     times, total = [0.2, 0.5, 0.8][: shape[0]], 0.0
-    net = lambda xt, t: torch.sin(3 * xt) + t.double().reshape(-1, *[1] * (xt.ndim - 1))  # noqa: E731
+
+    def net(xt, t):
+        return torch.sin(3 * xt) + t.double().reshape(-1, *[1] * (xt.ndim - 1))
+
     for i, t in enumerate(times):
         alpha, sigma, a, e = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2), x0[i].numpy(), eps[i].numpy()
         rate = math.pi / 2 * (alpha * e - sigma * a)
@@ -89,7 +92,9 @@ def test_simple_passes_conditions_and_gradients():
 def test_simple_keeps_the_type(dtype):
     """float32 data give a float32 loss."""
     d = Denoiser(lambda xt, t: xt, Cosine(), "v")
-    assert simple(d, torch.ones(2, 3, dtype=dtype), torch.tensor([0.1, 0.2]), torch.ones(2, 3, dtype=dtype)).dtype == dtype
+    assert (
+        simple(d, torch.ones(2, 3, dtype=dtype), torch.tensor([0.1, 0.2]), torch.ones(2, 3, dtype=dtype)).dtype == dtype
+    )
 
 
 # A term of the bound --------------------------------------------------------------------------------------------------
@@ -199,8 +204,11 @@ def test_mass_of_all_bins(mean, beta):
 def test_bins_of_images(generator):
     """Over an image the bins' nats add up, and bins do not touch a term with s > 0."""
     x0 = levels(256)[torch.randint(256, (2, 1, 4, 4), generator=generator)]
-    d = lambda x, t: 0.9 * x  # noqa: E731
     path = DiscretePath([0.01, 0.02])
+
+    def d(x, t):
+        return 0.9 * x
+
     each = bound_term(d, path, x0.reshape(-1, 1), x0.reshape(-1, 1), 0, 1, bins=256)
     close(bound_term(d, path, x0, x0, 0, 1, bins=256), each.reshape(2, 16).sum(1))
     assert torch.equal(bound_term(d, path, x0, x0, 1, 2, bins=256), bound_term(d, path, x0, x0, 1, 2))

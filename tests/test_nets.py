@@ -40,7 +40,9 @@ def awake(net: nn.Module) -> nn.Module:
 
 def images(settings, batch=2, side=16):
     g = torch.Generator().manual_seed(1)
-    return torch.randn(batch, settings.get("image_channels", 1), side, side, generator=g), torch.rand(batch, generator=g)
+    return torch.randn(batch, settings.get("image_channels", 1), side, side, generator=g), torch.rand(
+        batch, generator=g
+    )
 
 
 @pytest.mark.parametrize("dim", [2, 4, 64])
@@ -82,7 +84,12 @@ def test_embeddings():
     y = torch.tensor([3, 10, 0])
     assert torch.equal(label(y, 3), label.table.weight[y])
     assert torch.equal(label(None, 2), label.table.weight[[10, 10]])
-    for bad in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2], dtype=torch.int32), torch.tensor([[1, 2, 3]]), torch.tensor([1])):
+    for bad in (
+        torch.tensor([1.0, 2.0, 3.0]),
+        torch.tensor([1, 2], dtype=torch.int32),
+        torch.tensor([[1, 2, 3]]),
+        torch.tensor([1]),
+    ):
         with pytest.raises(ValueError, match=r"^y must be int64 of shape \(3,\)"):
             label(bad, 3)
 

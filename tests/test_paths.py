@@ -58,7 +58,9 @@ def test_alpha_and_sigma(name, unit):
     assert path.alpha(t).dtype == path.sigma(t).dtype == path.logsnr(t).dtype == torch.float64
     assert path.alpha(t).shape == path.sigma(t).shape == path.logsnr(t).shape == ()
     if alpha > 1e-8 and sigma > 0:
-        assert path.logsnr(t).item() == pytest.approx(float(2 * mp.log(alpha) - 2 * mp.log(sigma)), rel=1e-10, abs=1e-12)
+        assert path.logsnr(t).item() == pytest.approx(
+            float(2 * mp.log(alpha) - 2 * mp.log(sigma)), rel=1e-10, abs=1e-12
+        )
 
 
 @all_paths
@@ -97,7 +99,9 @@ def test_no_signal_at_the_end(path):
     assert path.logsnr(path.horizon).item() == -math.inf
 
 
-@pytest.mark.parametrize("start, end, tau", [(-3, 3.9, 0.5), (-1.9, 1.3, 1.0), (-3.4, 3.7, 1.1), (-0.6, 5.0, 0.7), (0, 3, 0.3)])
+@pytest.mark.parametrize(
+    "start, end, tau", [(-3, 3.9, 0.5), (-1.9, 1.3, 1.0), (-3.4, 3.7, 1.1), (-0.6, 5.0, 0.7), (0, 3, 0.3)]
+)
 def test_sigmoid_ends_for_any_piece(start, end, tau):
     """Sigmoid ends at exactly (1, 0) and (0, 1), also where start + 1·(end − start) is rounded past the end."""
     path = Sigmoid(start, end, tau)
@@ -351,7 +355,11 @@ def test_posterior_is_the_slides():
     """μ̃_t and β̃_t as on the slide, for every t of DDPM's chain."""
     betas = np.linspace(1e-4, 0.02, 1000)
     abar = np.concatenate([[1.0], np.cumprod(1 - betas)])
-    path, x0, xt = DiscretePath(betas), torch.tensor([0.6], dtype=torch.float64), torch.tensor([-1.2], dtype=torch.float64)
+    path, x0, xt = (
+        DiscretePath(betas),
+        torch.tensor([0.6], dtype=torch.float64),
+        torch.tensor([-1.2], dtype=torch.float64),
+    )
     for t in [1, 2, 3, 10, 500, 999, 1000]:
         beta, before, now = betas[t - 1], abar[t - 1], abar[t]
         mu = (math.sqrt(1 - beta) * (1 - before) * -1.2 + math.sqrt(before) * beta * 0.6) / (1 - now)
@@ -582,7 +590,11 @@ def test_time_off_a_path(name, t):
     """A time outside [0, 1] is refused by everything that takes one, as number and in a batch."""
     path, x = path_of(name), torch.ones(2, 1)
     calls = [path.alpha, path.sigma, path.logsnr, path.drift, path.diffusion2, path.unit]
-    calls += [lambda t: path.perturb(x, t, x), lambda t: path.posterior(x, x, 0, t), lambda t: path.quantity("v", x, x, t)]
+    calls += [
+        lambda t: path.perturb(x, t, x),
+        lambda t: path.posterior(x, x, 0, t),
+        lambda t: path.quantity("v", x, x, t),
+    ]
     calls += [lambda t: path.convert(x, x, t, "v", "x0"), lambda t: path.transition(0, t)]
     for call in calls:
         for time in (t, torch.tensor([0.5, t], dtype=torch.float64)):

@@ -135,7 +135,7 @@ def test_source_is_passed_on_and_not_written_down(tmp_path, asked):
     """The card says that the full set was used; where it lay on this machine is nobody's business."""
     card = recipes.train("tiny", source="other", out=tmp_path, steps=1)
     assert asked == [("mnist", "train", "other"), ("mnist", "test", "other")]
-    assert card["recipe"] == "dgm-course train tiny --source FULL-SET --steps 1"
+    assert card["recipe"] == "dgm-course train tiny --source hub --steps 1"
     assert "other" not in (tmp_path / "tiny.json").read_text()
 
 

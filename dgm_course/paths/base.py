@@ -104,19 +104,22 @@ class GaussianPath:
             raise ValueError(f"steps must be a whole number of at least 1; got {steps!r}")
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
-    def tabulate(self, times: Tensor) -> None:
+    def tabulate(self, times: Tensor) -> Tensor:
         """Announce a grid, so that what a step needs at these times is worked out for all of them at once.
 
         A sampler calls this. It changes no result: at other times everything is evaluated when it is asked for.
+        Returns the checked times in float64.
         """
-        self._grid = self._time(times)
-        self._units = dict(zip(self._grid.tolist(), (self._grid / self.horizon).tolist(), strict=True))
+        self._grid = self._time(times, "times")
+        self._units = dict(zip(self._grid.tolist(), (self._grid / self.horizon).float().unbind(), strict=True))
         self._conversions = {}
+        return self._grid
 
     def units(self, t: Time, batch: int, device: torch.device) -> Tensor:
         """`unit(t)` for each sample of a batch, shape (batch,)."""
-        if not isinstance(t, Tensor) and t in self._units:
-            return torch.full((batch,), self._units[t], device=device)
+        known = self._units.get(t)  # a tensor t is never found: it is hashed by identity
+        if known is not None:
+            return known.to(device).expand(batch)
         unit = self.unit(t).to(device)
         one_each(unit, batch)
         return unit.expand(batch)
@@ -271,14 +274,17 @@ class GaussianPath:
             >>> Straight().convert(torch.zeros(1), torch.ones(1), 0.5, given="eps", to="x0").item()
             2.0
         """
+        known = self._conversions.get((given, to), {}).get(t)
+        if known and xt.shape == value.shape:
+            return xt.mul(known[0]).add_(value, alpha=known[1])
         same_shape(xt=xt, value=value)
         for name, asked in (("given", given), ("to", to)):
             if asked not in QUANTITIES:
                 raise ValueError(f"{name} must be one of {', '.join(QUANTITIES)}; got {asked!r}")
         if given == to:
             return value
-        if not isinstance(t, Tensor) and t in self._units and (known := self._known(given, to).get(t)):
-            return xt.mul(known[0]).add_(value, alpha=known[1])
+        if t in self._units and self._remember(given, to, t):
+            return self.convert(value, xt, t, given, to)
         t = self._time(t)
         p, q = self._conversion(t, given, to)
         if not bool((good := p.isfinite() & q.isfinite()).all()):
@@ -298,13 +304,13 @@ class GaussianPath:
             p, q = 0 * sigma, r2 / g2
         return p, q
 
-    def _known(self, given: str, to: str) -> dict[float, tuple[Tensor, float]]:
-        """`_conversion` over the announced grid. p stays a 0-d tensor: multiplying by it is faster than by a float."""
+    def _remember(self, given: str, to: str, t: float) -> bool:
+        """Keep `_conversion` of the whole grid, where there is an answer; p as a 0-d tensor, faster to multiply by."""
         if (given, to) not in self._conversions:
             p, q = self._conversion(self._grid, given, to)
             rows = zip(self._grid.tolist(), p.unbind(), q.tolist(), (p + q).isfinite().tolist(), strict=True)
             self._conversions[given, to] = {t: (p, q) for t, p, q, good in rows if good}
-        return self._conversions[given, to]
+        return t in self._conversions[given, to]
 
     def _form(self, name: str, t: Tensor) -> tuple[Tensor, Tensor]:
         """The (r_1, r_2) of a quantity r_1·x_0 + r_2·ε."""

@@ -108,7 +108,7 @@ def _clouds(frames: Sequence[Tensor], words: Sequence[str], scale: float) -> lis
     everything = np.concatenate(clouds)
     left, right, bottom, top = around(everything.min(0), everything.max(0))
     made = style.figure(4 * scale, 4 * scale)
-    ax = made.add_subplot(aspect="equal", xlabel="$x_1$", ylabel="$x_2$", title=words[0] or None)
+    ax = made.add_subplot(aspect="equal", xlabel="first coordinate", ylabel="second coordinate", title=words[0] or None)
     ax.set(xlim=(left, right), ylim=(bottom, top))
     dots = ax.scatter(*clouds[0].T, s=8, alpha=0.6, linewidths=0, color=style.MODEL)
     pictures = []

@@ -78,6 +78,7 @@ def _line(name: str, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def _names(ax: Axes, ends: list[tuple[str, str, np.ndarray, np.ndarray]]) -> None:
     """Write each line's name at its right end, moved apart where lines end close together."""
+    ax.autoscale_view()  # matplotlib puts it off until the figure is drawn
     to_axes = ax.transData + ax.transAxes.inverted()
     heights = [to_axes.transform(np.stack([x, y], axis=1))[:, 1] for *_, x, y in ends]
     apart = 0.09 * 3.6 / ax.figure.get_figheight()

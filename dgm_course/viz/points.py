@@ -242,4 +242,4 @@ def _plane(ax: Axes, extent: Sequence[float] | None, title: str | None) -> style
     if extent is not None:
         ax.set(xlim=extent[:2], ylim=extent[2:])
     ax.set_aspect("equal")
-    return style.words(ax, "$x_1$", "$x_2$", title)
+    return style.words(ax, "first coordinate", "second coordinate", title)

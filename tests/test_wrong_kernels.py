@@ -1,0 +1,1061 @@
+"""Bugs that public code really had, written again in a few lines: what accepts our kernels must reject each of them.
+
+A case is one oracle with the kernels that it must accept and those that it must reject. An oracle takes a kernel and
+asserts; it holds no expected value from the package. Beside ours, most cases also accept a correct kernel typed in the
+same style as the wrong ones, so that a wrong one is turned down for its one mistake and not for how it is written.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from oracles import CHAIN_BETAS, bayes_on_a_grid, known, mp, order_of
+from torch.distributions import Normal, kl_divergence
+
+from dgm_course.denoisers import Denoiser, clipped
+from dgm_course.losses import bound_term, simple
+from dgm_course.nets.embeddings import sinusoids
+from dgm_course.paths import VP, Cosine, DiscretePath, SubVP
+from dgm_course.samplers import (
+    ddim,
+    ddim_step,
+    ddpm,
+    ddpm_step,
+    dpm_solver_pp_2m,
+    dpm_solver_pp_2m_step,
+    heun,
+    last,
+)
+from dgm_course.schedules import cosine_betas, linear_betas
+
+BETAS = np.array(CHAIN_BETAS)
+ABAR = np.concatenate([[1.0], np.cumprod(1 - BETAS)])  # ABAR[t] is ᾱ_t, ABAR[0] = 1
+CHAIN = DiscretePath(CHAIN_BETAS)
+T = 20
+
+
+@dataclass
+class Case:
+    """An oracle, what it accepts, and what it rejects."""
+
+    oracle: Callable
+    right: dict[str, Callable]
+    wrong: dict[str, Callable] = field(default_factory=dict)
+
+
+CASES: dict[str, Case] = {}
+
+
+def near(actual, expected, tolerance=1e-9):
+    """Assert that numbers, arrays or tensors agree; nan and inf agree with nothing."""
+    actual, expected = (np.asarray(value, dtype=np.float64) for value in (actual, expected))
+    assert np.isfinite(actual).all()
+    assert np.abs(actual - expected).max() <= tolerance * max(1.0, np.abs(expected).max())
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# Which times a sampler visits -----------------------------------------------------------------------------------------
+# A kernel takes (T, steps) and gives the pairs (t, s) of its steps, with t = 1 … T and 0 for the data.
+
+
+def visits_a_chain(pairs_of):
+    """The first step starts at T, each next one where the last ended, the last ends at 0, and every step goes down."""
+    for length, steps in ((1000, 1000), (1000, 50), (1000, 7), (1000, 999), (1000, 3), (1000, 600), (10, 1)):
+        pairs = pairs_of(length, steps)
+        assert len(pairs) == steps
+        assert pairs[0][0] == length and pairs[-1][1] == 0
+        assert all(t > s for t, s in pairs)
+        assert all(before[1] == after[0] for before, after in zip(pairs[:-1], pairs[1:], strict=True))
+
+
+def ours_visits(length, steps):
+    times = DiscretePath([0.1] * length).times(steps).tolist()
+    return list(zip(times[:-1], times[1:], strict=True))
+
+
+def typed_visits(length, steps):
+    times = [round(length * (steps - k) / steps) for k in range(steps + 1)]
+    return list(zip(times[:-1], times[1:], strict=True))
+
+
+def previous_ignores_spacing(length, steps):
+    """The time before is t − T // n although the grid is spaced otherwise."""
+    return [(t, max(t - length // steps, 0)) for t, _ in typed_visits(length, steps)]
+
+
+def below_zero(length, steps):
+    """The last index, 0, minus the stride: a negative index into the table."""
+    stride = length // steps
+    return [(i + 1, i - stride + 1) for i in range((steps - 1) * stride, -1, -stride)]
+
+
+def leading(length, steps):
+    """Spacing from the front: T is never visited, so sampling starts from noise at a time that is not pure noise."""
+    times = [k * (length // steps) + 1 for k in range(steps)][::-1] + [0]
+    return list(zip(times[:-1], times[1:], strict=True))
+
+
+def one_too_many(length, steps):
+    """Indices up to T of a table that ends at T − 1."""
+    table = list(range(1, length + 1))
+    times = [table[round(length * (steps - k) / steps)] for k in range(steps)] + [0]
+    return list(zip(times[:-1], times[1:], strict=True))
+
+
+def dummy_step(length, steps):
+    """The last noise level is stored twice: the last step goes nowhere."""
+    times = [t for t, _ in typed_visits(length, steps - 1)] if steps > 1 else []
+    times += [0, 0]
+    return list(zip(times[:-1], times[1:], strict=True))
+
+
+def repeated_times(length, steps):
+    """Times spaced by a power and then rounded: near the data they coincide."""
+    times = [round(length * ((steps - k) / steps) ** 7) for k in range(steps + 1)]
+    return list(zip(times[:-1], times[1:], strict=True))
+
+
+def stays_above_the_data(length, steps):
+    """The final value of ᾱ is the table's first, ᾱ_1: the last step ends at t = 1."""
+    return [(t, max(s, 1)) for t, s in typed_visits(length, steps)]
+
+
+CASES["visited times"] = Case(
+    visits_a_chain,
+    {"ours": ours_visits, "typed": typed_visits},
+    {
+        "previous time t − T//n": previous_ignores_spacing,
+        "0 → −stride": below_zero,
+        "leading spacing": leading,
+        "index T": one_too_many,
+        "last level repeated": dummy_step,
+        "duplicate times": repeated_times,
+        "final ᾱ is ᾱ_1": stays_above_the_data,
+    },
+)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+# A kernel takes betas β_1 … β_T and gives ᾱ_0 … ᾱ_T.
+
+
+def is_the_table(table_of):
+    """ᾱ_0 = 1, and ᾱ_t is the product in 40 digits: relative error below 1e-12 in ᾱ_t and in 1 − ᾱ_t."""
+    betas = np.linspace(1e-4, 0.02, 1000)
+    table, abar = table_of(betas), mp.mpf(1)
+    assert len(table) == 1001 and table[0] == 1
+    for t, beta in enumerate(betas, 1):
+        abar *= 1 - mp.mpf(float(beta))
+        assert abs(table[t] / float(abar) - 1) < 1e-12
+        assert abs((1 - table[t]) / float(1 - abar) - 1) < 1e-9
+
+
+def table_in_float32(betas):
+    table = np.concatenate([[1.0], np.cumprod(1 - betas.astype(np.float32), dtype=np.float32)])
+    return table.astype(np.float64)
+
+
+CASES["table of ᾱ"] = Case(
+    is_the_table,
+    {
+        "ours": lambda betas: DiscretePath(betas).alpha_bars.numpy(),
+        "typed": lambda betas: np.concatenate([[1.0], np.cumprod(1 - betas)]),
+    },
+    {
+        "starts at ᾱ_1": lambda betas: np.cumprod(1 - betas),
+        "starts at ᾱ_1, padded": lambda betas: np.cumprod(np.append(1 - betas[0], 1 - betas)),
+        "of √ᾱ": lambda betas: np.concatenate([[1.0], np.cumprod(np.sqrt(1 - betas))]),
+        "of β": lambda betas: np.concatenate([[1.0], np.cumprod(betas)]),
+        "in float32": table_in_float32,
+    },
+)
+
+
+def is_the_cosine_schedule(betas_of):
+    """T values of which one is clipped; ᾱ_t ∝ cos² in 40 digits; β̃_t finite for every t ≥ 2."""
+    length = 1000
+    betas = np.asarray(betas_of(length))
+    assert betas.shape == (length,) and (betas > 0).all() and (betas <= 0.999).all()
+    assert (betas == 0.999).sum() == 1
+    f = [mp.cos((mp.mpf(t) / length + mp.mpf("0.008")) / mp.mpf("1.008") * mp.pi / 2) ** 2 for t in range(length)]
+    near(np.cumprod(1 - betas)[:-1], [float(value / f[0]) for value in f[1:]], 1e-10)
+
+
+def cosine_table(length, offset=0.008):
+    t = np.arange(length + 1) / length
+    f = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
+    return f / f[0]
+
+
+def typed_cosine(length, offset=0.008, clip=0.999):
+    table = cosine_table(length, offset)
+    return np.minimum(1 - table[1:] / table[:-1], clip)
+
+
+CASES["cosine schedule"] = Case(
+    is_the_cosine_schedule,
+    {
+        "ours": lambda length: cosine_betas(length).numpy(),
+        "typed": lambda n: typed_cosine(n),
+    },
+    {
+        # a table that begins with ᾱ = 1 where ᾱ_1 belongs: β_1 = 0, all is one step late, and 0/0 in the first posterior
+        "table includes ᾱ_0": lambda n: np.append(0.0, typed_cosine(n)[:-1]),
+        "without the offset": lambda n: typed_cosine(n, offset=0),
+        "without the square": lambda n: np.minimum(1 - np.sqrt(1 - typed_cosine(n, clip=1)), 0.999),
+        "without the clip": lambda n: typed_cosine(n, clip=1),
+        "β of ᾱ, not of a ratio": lambda n: np.minimum(1 - cosine_table(n)[1:], 0.999),
+    },
+)
+
+
+def adds_as_much_noise(betas_of):
+    """A linear schedule of any length adds the published one's noise: Σβ = 1000·(1e-4 + 0.02)/2 = 10.05, in even steps."""
+    for length in (100, 500, 1000, 4000):
+        betas = np.asarray(betas_of(length))
+        assert betas.shape == (length,)
+        near(betas.sum(), 10.05)
+        near(np.diff(betas, 2), 0.0)
+
+
+CASES["schedule for another T"] = Case(
+    adds_as_much_noise,
+    {
+        "ours": lambda n: linear_betas(n).numpy(),
+        "typed": lambda n: 1000 / n * np.linspace(1e-4, 0.02, n),
+    },
+    {
+        "not scaled": lambda n: np.linspace(1e-4, 0.02, n),
+        "scaled the other way": lambda n: n / 1000 * np.linspace(1e-4, 0.02, n),
+        "only the last scaled": lambda n: np.linspace(1e-4, 0.02 * 1000 / n, n),
+    },
+)
+
+
+# The forward chain ----------------------------------------------------------------------------------------------------
+# A kernel walks x through all T steps of the chain with the given generator.
+
+
+def walks_to_the_noise(walk):
+    """From x_0 = 2, 40,000 walkers end with mean √ᾱ_T·2, variance 1 − ᾱ_T and no skew, within 5 standard errors."""
+    n, g = 40_000, torch.Generator().manual_seed(3)
+    x = walk(torch.full((n, 1), 2.0, dtype=torch.float64), g)[:, 0].numpy()
+    var = 1 - ABAR[T]
+    assert abs(x.mean() - 2 * math.sqrt(ABAR[T])) < 5 * math.sqrt(var / n)
+    assert abs(x.var() - var) < 5 * var * math.sqrt(2 / n)
+
+
+def walker(keep, spread, draw=torch.randn):
+    """A walk x ← keep(β)·x + spread(β)·noise."""
+
+    def walk(x, g):
+        for beta in CHAIN_BETAS:
+            x = keep(beta) * x + spread(beta) * draw(x.shape, generator=g, dtype=x.dtype)
+        return x
+
+    return walk
+
+
+def our_walk(x, g):
+    for t in range(1, T + 1):
+        keep, var = CHAIN.transition(t - 1, t)
+        x = keep * x + var.sqrt() * torch.randn(x.shape, generator=g, dtype=x.dtype)
+    return x
+
+
+def our_jump(x, g):
+    return CHAIN.perturb(x, T, torch.randn(x.shape, generator=g, dtype=x.dtype))
+
+
+def jump(scale, spread, draw=torch.randn):
+    return lambda x, g: scale * x + spread * draw(x.shape, generator=g, dtype=x.dtype)
+
+
+CASES["forward walk"] = Case(
+    walks_to_the_noise,
+    {"ours": our_walk, "typed": walker(lambda b: math.sqrt(1 - b), math.sqrt), "our jump": our_jump},
+    {
+        "β for √β": walker(lambda b: math.sqrt(1 - b), lambda b: b),
+        "1 − β for √(1 − β)": walker(lambda b: 1 - b, math.sqrt),
+        "rand for randn": walker(lambda b: math.sqrt(1 - b), math.sqrt, torch.rand),
+        "signal not scaled": walker(lambda b: 1.0, math.sqrt),
+        "jump: ᾱ for √ᾱ": jump(ABAR[T], math.sqrt(1 - ABAR[T])),
+        "jump: 1 − ᾱ for √(1 − ᾱ)": jump(math.sqrt(ABAR[T]), 1 - ABAR[T]),
+        "jump: 1 − √ᾱ for √(1 − ᾱ)": jump(math.sqrt(ABAR[T]), 1 - math.sqrt(ABAR[T])),
+        "jump: one step's β": jump(math.sqrt(1 - BETAS[-1]), math.sqrt(BETAS[-1])),
+        "jump: rand for randn": jump(math.sqrt(ABAR[T]), math.sqrt(1 - ABAR[T]), torch.rand),
+    },
+)
+
+
+# The posterior --------------------------------------------------------------------------------------------------------
+# A kernel takes (xt, x0, s, t) as numbers and gives the mean and variance of q(x_s | x_t, x_0).
+
+
+def is_bayes(posterior):
+    """Mean and variance are those of prior times likelihood on a grid, for single steps and for skips."""
+    for s, t in ((1, 2), (5, 6), (19, 20), (3, 9), (10, 20)):
+        ratio = ABAR[t] / ABAR[s]
+        for x0, z in ((0.8, 1.0), (-1.5, 0.3)):
+            xt = math.sqrt(ABAR[t]) * x0 + math.sqrt(1 - ABAR[t]) * z
+            expected = bayes_on_a_grid(math.sqrt(ABAR[s]), math.sqrt(1 - ABAR[s]), math.sqrt(ratio), 1 - ratio, xt, x0)
+            near(posterior(xt, x0, s, t), expected)
+
+
+def our_posterior(xt, x0, s, t):
+    mean, var = CHAIN.posterior(tensor(xt), tensor(x0), s, t)
+    return mean.item(), var.item()
+
+
+def typed_posterior(root=math.sqrt, spread=lambda v: v, beta_of=None, swapped=False, at=lambda s, t: (s, t)):
+    """μ̃ and β̃ between s and t, with one thing at a time to get wrong."""
+
+    def posterior(xt, x0, s, t):
+        before, now = (ABAR[i] for i in at(s, t))
+        beta = beta_of(s, t) if beta_of else 1 - ABAR[t] / ABAR[s]
+        of_x0, of_xt = root(before) * beta / (1 - now), root(1 - beta) * (1 - before) / (1 - now)
+        if swapped:
+            of_x0, of_xt = of_xt, of_x0
+        return of_x0 * x0 + of_xt * xt, spread(beta * (1 - before) / (1 - now))
+
+    return posterior
+
+
+CASES["posterior"] = Case(
+    is_bayes,
+    {"ours": our_posterior, "typed": typed_posterior()},
+    {
+        "missing square roots": typed_posterior(root=lambda a: a),
+        "deviation for variance": typed_posterior(spread=math.sqrt),
+        "log of the variance": typed_posterior(spread=math.log),
+        "β for β̃": lambda xt, x0, s, t: (our_posterior(xt, x0, s, t)[0], 1 - ABAR[t] / ABAR[s]),
+        "one step's β for a skip": typed_posterior(beta_of=lambda s, t: BETAS[t - 1]),
+        "ᾱ_{t−1} for ᾱ_t": typed_posterior(at=lambda s, t: (s, t - 1)),
+        "ᾱ_t for ᾱ_{t−1}": typed_posterior(at=lambda s, t: (t, t)),
+        "coefficients swapped": typed_posterior(swapped=True),
+    },
+)
+
+
+# One step of DDPM -----------------------------------------------------------------------------------------------------
+# A kernel takes (xt, eps, t, noise) and gives x_{t−1}, with variance β̃.
+
+
+def is_a_draw_from_bayes(step):
+    """With ε known, the mean over noise ±1 and half their difference are mean and deviation of Bayes on a grid."""
+    for t in (2, 7, 20):
+        before, now = ABAR[t - 1], ABAR[t]
+        x0, eps = 0.6, -1.1
+        xt = math.sqrt(now) * x0 + math.sqrt(1 - now) * eps
+        a, v = math.sqrt(1 - BETAS[t - 1]), BETAS[t - 1]
+        mean, var = bayes_on_a_grid(math.sqrt(before), math.sqrt(1 - before), a, v, xt, x0)
+        high, low = step(xt, eps, t, 1.0), step(xt, eps, t, -1.0)
+        near((high + low) / 2, mean)
+        near((high - low) / 2, math.sqrt(var))
+
+
+def our_ddpm_step(xt, eps, t, noise):
+    xt, eps = tensor(xt), tensor(eps)
+    x0 = CHAIN.convert(eps, xt, t, "eps", "x0")
+    return ddpm_step(CHAIN, xt, x0, t, t - 1, variance="posterior", noise=tensor(noise)).item()
+
+
+def algorithm_2(factor=lambda t: 1 - BETAS[t - 1], weight=None, spread=math.sqrt):
+    """(1/√factor)(x_t − weight·ε) + spread(β̃)·z."""
+
+    def step(xt, eps, t, noise):
+        w = weight(t) if weight else BETAS[t - 1] / math.sqrt(1 - ABAR[t])
+        var = BETAS[t - 1] * (1 - ABAR[t - 1]) / (1 - ABAR[t])
+        return (xt - w * eps) / math.sqrt(factor(t)) + spread(var) * noise
+
+    return step
+
+
+CASES["step of Algorithm 2"] = Case(
+    is_a_draw_from_bayes,
+    {"ours": our_ddpm_step, "typed": algorithm_2()},
+    {
+        # the slide's line: its mean is x̂_0, not μ_θ
+        "ᾱ for α throughout": algorithm_2(factor=lambda t: ABAR[t], weight=lambda t: math.sqrt(1 - ABAR[t])),
+        "ᾱ for α in front": algorithm_2(factor=lambda t: ABAR[t]),
+        "β/(1 − ᾱ)": algorithm_2(weight=lambda t: BETAS[t - 1] / (1 - ABAR[t])),
+        "√β/√(1 − ᾱ)": algorithm_2(weight=lambda t: math.sqrt(BETAS[t - 1] / (1 - ABAR[t]))),
+        "variance for deviation": algorithm_2(spread=lambda v: v),
+        "no noise": algorithm_2(spread=lambda v: 0.0),
+    },
+)
+
+
+# The last step --------------------------------------------------------------------------------------------------------
+# A kernel takes (denoiser, x, times) and gives the final state at t = 0.
+
+
+def ends_at_the_denoised(sample):
+    """At t = 0 the state is x̂_0 of the state before, finite and without noise, over one step and over two."""
+
+    def denoiser(x, t):
+        return 0.3 + 0.0 * x if t < 10 else 0.5 * x
+
+    for times in ([1, 0], [20, 1, 0], [20, 5, 0]):
+        g = torch.Generator().manual_seed(0)
+        out = sample(denoiser, torch.full((64, 1), 0.9, dtype=torch.float64), times, g)
+        near(out, np.full((64, 1), 0.3), 1e-12)
+
+
+def typed_ancestral(std_of, x0_coefficient=lambda s, t: math.sqrt(ABAR[s]) * (1 - ABAR[t] / ABAR[s]) / (1 - ABAR[t])):
+    def sample(denoiser, x, times, g):
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            of_xt = math.sqrt(ABAR[t] / ABAR[s]) * (1 - ABAR[s]) / (1 - ABAR[t])
+            mean = x0_coefficient(s, t) * denoiser(x, t) + of_xt * x
+            x = mean + std_of(s, t) * torch.randn(x.shape, generator=g, dtype=x.dtype)
+        return x
+
+    return sample
+
+
+def tilde(s, t):
+    return (1 - ABAR[t] / ABAR[s]) * (1 - ABAR[s]) / (1 - ABAR[t])
+
+
+def log_of_zero(s, t):
+    """exp(½ log β̃) with the log of a ratio: log 0 − log 0 at the last step."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        above, below = np.log(np.float64(1 - ABAR[s])), np.log(np.float64(1 - ABAR[t]))
+        return float(np.exp(0.5 * (above - below + np.log1p(-ABAR[t] / ABAR[s])) + 0 * above))
+
+
+def typed_2m_run(ratio_at_the_end):
+    """2M on the chain from end to end; at σ = 0 the last h is infinite."""
+
+    def sample(denoiser, x, times, g):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lam = [np.float64(0.5) * (np.log(ABAR[t]) - np.log(np.float64(1 - ABAR[t]))) for t in times]
+            before = None
+            for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+                x0, h = denoiser(x, t), lam[i + 1] - lam[i]
+                past = 0.0
+                if i and (s > 0 or ratio_at_the_end):
+                    past = float(h / (2 * (lam[i] - lam[i - 1])))
+                extrapolated = x0 if before is None else (1 + past) * x0 - past * before
+                sigma = math.sqrt((1 - ABAR[s]) / (1 - ABAR[t]))
+                x, before = sigma * x - float(math.sqrt(ABAR[s]) * np.expm1(-h)) * extrapolated, x0
+        return x
+
+    return sample
+
+
+CASES["last step"] = Case(
+    ends_at_the_denoised,
+    {
+        "ours, β": lambda d, x, times, g: last(ddpm(d, CHAIN, x, times, generator=g)),
+        "ours, β̃": lambda d, x, times, g: last(ddpm(d, CHAIN, x, times, variance="posterior", generator=g)),
+        "ours, callable": lambda d, x, times, g: last(ddpm(d, CHAIN, x, times, variance=lambda *_: 0.1, generator=g)),
+        "ours, DDIM η = 1": lambda d, x, times, g: last(ddim(d, CHAIN, x, times, eta=1.0, generator=g)),
+        "ours, Heun": lambda d, x, times, g: last(heun(d, CHAIN, x, times)),
+        "ours, 2M": lambda d, x, times, g: last(dpm_solver_pp_2m(d, CHAIN, x, times)),
+        "typed": typed_ancestral(lambda s, t: math.sqrt(tilde(s, t))),
+        "typed 2M": typed_2m_run(ratio_at_the_end=False),
+    },
+    {
+        "noise at the last step": typed_ancestral(lambda s, t: math.sqrt(1 - ABAR[t] / ABAR[s])),
+        "β̃_1 clipped to β̃_2": typed_ancestral(lambda s, t: math.sqrt(tilde(s, t) or tilde(1, 2))),
+        "log of 0": typed_ancestral(log_of_zero),
+        "2M second order into σ = 0": typed_2m_run(ratio_at_the_end=True),
+        "ᾱ_prev starts at ᾱ_1": typed_ancestral(
+            lambda s, t: math.sqrt(tilde(s, t)),
+            lambda s, t: math.sqrt(ABAR[max(s, 1)]) * (1 - ABAR[t] / ABAR[s]) / (1 - ABAR[t]),
+        ),
+    },
+)
+
+
+# DDIM -----------------------------------------------------------------------------------------------------------------
+# A kernel takes (xt, x0, eps, s, t, eta, noise), numbers, and gives x_s.
+
+
+def keeps_the_marginals(step):
+    """With x_t ~ q(x_t | x_0): mean and variance of x_s are √ᾱ_s·x_0 and 1 − ᾱ_s for every η; at η = 1 the noise is Bayes'."""
+    for s, t in ((5, 6), (3, 9), (10, 20)):
+        for eta in (0.0, 0.5, 1.0):
+
+            def move(x0, eps, noise, s=s, t=t, eta=eta):
+                return step(math.sqrt(ABAR[t]) * x0 + math.sqrt(1 - ABAR[t]) * eps, x0, eps, s, t, eta, noise)
+
+            near(move(0.7, 0.0, 0.0), math.sqrt(ABAR[s]) * 0.7)
+            of_eps, of_noise = move(0.0, 1.0, 0.0), move(0.0, 0.0, 1.0)
+            near(of_eps**2 + of_noise**2, 1 - ABAR[s])
+            ratio = ABAR[t] / ABAR[s]
+            args = math.sqrt(ABAR[s]), math.sqrt(1 - ABAR[s]), math.sqrt(ratio), 1 - ratio, math.sqrt(ABAR[t]), 1.0
+            near(of_noise, eta * math.sqrt(bayes_on_a_grid(*args)[1]))
+
+
+def our_ddim_step(xt, x0, eps, s, t, eta, noise):
+    return ddim_step(CHAIN, tensor(xt), tensor(x0), t, s, eta, tensor(noise)).item()
+
+
+def typed_ddim(sigma=lambda s, t, eta: eta * math.sqrt(tilde(s, t)), direction=lambda s, sigma: 1 - ABAR[s] - sigma**2):
+    def step(xt, x0, eps, s, t, eta, noise):
+        spread = sigma(s, t, eta)
+        return math.sqrt(ABAR[s]) * x0 + math.sqrt(max(direction(s, spread), 0)) * eps + spread * noise
+
+    return step
+
+
+CASES["DDIM's noise"] = Case(
+    keeps_the_marginals,
+    {"ours": our_ddim_step, "typed": typed_ddim()},
+    {
+        # the clamp hides that 1 − ᾱ_s − σ² is negative
+        "σ from ᾱ_t only": typed_ddim(sigma=lambda s, t, eta: eta * math.sqrt(1 - ABAR[t])),
+        "σ without its square root": typed_ddim(sigma=lambda s, t, eta: eta * tilde(s, t)),
+        "σ² = η β̃": typed_ddim(sigma=lambda s, t, eta: math.sqrt(eta * tilde(s, t))),
+        "σ of one step for a skip": typed_ddim(
+            sigma=lambda s, t, eta: eta * math.sqrt(BETAS[t - 1] * (1 - ABAR[t - 1]) / (1 - ABAR[t]))
+        ),
+        "σ² = β": typed_ddim(sigma=lambda s, t, eta: eta * math.sqrt(min(1 - ABAR[t] / ABAR[s], 1 - ABAR[s]))),
+        "direction not shortened": typed_ddim(direction=lambda s, sigma: 1 - ABAR[s]),
+        "direction shortened by σ": typed_ddim(direction=lambda s, sigma: 1 - ABAR[s] - sigma),
+    },
+)
+
+
+# Clipping -------------------------------------------------------------------------------------------------------------
+# A kernel takes (eps, xt, s, t), clips x̂_0 to [−1, 1] and makes a deterministic step.
+
+
+def stays_on_one_path(step):
+    """(x_t, x_s) must lie on one path α·x̂_0 + σ·ε with the clipped x̂_0: the same ε explains both."""
+    for s, t in ((5, 6), (3, 9), (10, 20)):
+        for xt, eps in ((2.5, -1.0), (-3.0, 0.4), (0.1, 0.2)):
+            x0 = np.clip((xt - math.sqrt(1 - ABAR[t]) * eps) / math.sqrt(ABAR[t]), -1, 1)
+            explained = (xt - math.sqrt(ABAR[t]) * x0) / math.sqrt(1 - ABAR[t])
+            near((step(eps, xt, s, t) - math.sqrt(ABAR[s]) * x0) / math.sqrt(1 - ABAR[s]), explained)
+
+
+def our_clipped_step(eps, xt, s, t):
+    d = clipped(Denoiser(lambda x, u: torch.full_like(x, eps), CHAIN, "eps"))
+    return last(ddim(d, CHAIN, tensor(xt)[:, None], [t, s])).item()
+
+
+def clip_and_step(recomputed):
+    def step(eps, xt, s, t):
+        x0 = np.clip((xt - math.sqrt(1 - ABAR[t]) * eps) / math.sqrt(ABAR[t]), -1, 1)
+        if recomputed:
+            eps = (xt - math.sqrt(ABAR[t]) * x0) / math.sqrt(1 - ABAR[t])
+        return math.sqrt(ABAR[s]) * x0 + math.sqrt(1 - ABAR[s]) * eps
+
+    return step
+
+
+CASES["clipping"] = Case(
+    stays_on_one_path,
+    {"ours": our_clipped_step, "typed": clip_and_step(recomputed=True)},
+    {
+        "ε not recomputed": clip_and_step(recomputed=False),
+        "the state clipped instead": lambda eps, xt, s, t: float(np.clip(
+            clip_and_step(recomputed=True)(eps, xt, s, t), -1, 1)),
+    },
+)  # fmt: skip
+
+
+# What the network predicts --------------------------------------------------------------------------------------------
+# A kernel takes (quantity, xt, alpha, sigma) with what the network said, and gives x̂_0.
+
+
+def convert_on_cosine(given):
+    def kernel(value, xt, alpha, sigma):
+        return Cosine().convert(tensor(value), tensor(xt), 2 / math.pi * math.atan2(sigma, alpha), given, "x0").item()
+
+    return kernel
+
+
+def recovers_x0_from(quantity):
+    def oracle(kernel):
+        """x_0 comes back from x_t and the true quantity, the score being ∇ log q by autograd; where α = 0, it or an error."""
+        for angle in (0.3, 0.8, 1.4):
+            alpha, sigma = math.cos(angle), math.sin(angle)
+            for x0, eps in ((0.7, -1.2), (-0.4, 0.5)):
+                xt = tensor(alpha * x0 + sigma * eps).requires_grad_()
+                (score,) = torch.autograd.grad(Normal(tensor(alpha * x0), sigma).log_prob(xt), xt)
+                value = {"eps": eps, "score": score.item(), "v": alpha * eps - sigma * x0}[quantity]
+                near(kernel(value, xt.item(), alpha, sigma), x0)
+        try:
+            at_the_end = kernel({"eps": 0.5, "score": -0.5, "v": -0.3}[quantity], 0.5, 0.0, 1.0)  # x_0 = 0.3, ε = 0.5
+        except ValueError:
+            return
+        near(at_the_end, 0.3)
+
+    return oracle
+
+
+def only_where_there_is_signal(kernel):
+    """The typed kernel, with the refusal that α = 0 asks for."""
+
+    def guarded(value, xt, alpha, sigma):
+        if alpha == 0:
+            raise ValueError("no signal")
+        return kernel(value, xt, alpha, sigma)
+
+    return guarded
+
+
+def safe(kernel):
+    """numpy's division, which gives inf or nan where Python's would raise."""
+
+    def quiet(value, xt, alpha, sigma):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return kernel(np.float64(value), np.float64(xt), np.float64(alpha), np.float64(sigma))
+
+    return quiet
+
+
+CASES["x_0 from ε"] = Case(
+    recovers_x0_from("eps"),
+    {"ours": convert_on_cosine("eps"), "typed": only_where_there_is_signal(lambda e, x, a, s: (x - s * e) / a)},
+    {
+        "inf hidden by a clip": safe(lambda e, x, a, s: np.clip(np.nan_to_num((x - s * e) / a), -1, 1)),
+        "inf where no signal is left": safe(lambda e, x, a, s: (x - s * e) / a),
+        "α held above 1e-8": lambda e, x, a, s: (x - s * e) / max(a, 1e-8),
+        "σ² for σ": only_where_there_is_signal(lambda e, x, a, s: (x - s**2 * e) / a),
+        "α² for α": only_where_there_is_signal(lambda e, x, a, s: (x - s * e) / a**2),
+        "not divided by α": lambda e, x, a, s: x - s * e,
+    },
+)
+CASES["x_0 from the score"] = Case(
+    recovers_x0_from("score"),
+    {"ours": convert_on_cosine("score"), "typed": only_where_there_is_signal(lambda g, x, a, s: (x + s**2 * g) / a)},
+    {
+        "sign": only_where_there_is_signal(lambda g, x, a, s: (x - s**2 * g) / a),
+        "scale: σ for σ²": only_where_there_is_signal(lambda g, x, a, s: (x + s * g) / a),
+        "taken for noise": only_where_there_is_signal(lambda g, x, a, s: (x - s * g) / a),
+    },
+)
+CASES["x_0 from v"] = Case(
+    recovers_x0_from("v"),
+    {"ours": convert_on_cosine("v"), "typed": lambda v, x, a, s: a * x - s * v},
+    {
+        "sign": lambda v, x, a, s: a * x + s * v,
+        "α and σ swapped": lambda v, x, a, s: s * x - a * v,
+        "taken for noise": safe(lambda v, x, a, s: (x - s * v) / a),
+        "gives ε": lambda v, x, a, s: s * x + a * v,
+    },
+)
+
+
+# Solvers --------------------------------------------------------------------------------------------------------------
+# A kernel takes (denoiser, path, x, times) and gives the state at the last time.
+
+
+def has_order(expected):
+    def oracle(solve):
+        """Both slopes of the error on a three-mode mixture lie within 0.15 of the order."""
+        for slope in order_of(solve, "Cosine"):
+            assert abs(slope - expected) < 0.15
+
+    return oracle
+
+
+def typed_heun(divide_by="next", weight=0.5):
+    """Heun in (x/α, ς = σ/α): d(x/α)/dς = (x/α − x̂_0)/ς; the second slope belongs to the next ς."""
+
+    def solve(denoiser, path, x, times):
+        for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+            (a_t, s_t), (a_s, s_s) = known("Cosine", t), known("Cosine", s)
+            now, then = s_t / a_t, s_s / a_s
+            y = x / a_t
+            slope = (y - denoiser(x, t)) / now
+            ahead = y + (then - now) * slope
+            second = (ahead - denoiser(a_s * ahead, s)) / (then if divide_by == "next" else now)
+            x = a_s * (y + (then - now) * ((1 - weight) * slope + weight * second))
+        return x
+
+    return solve
+
+
+CASES["Heun"] = Case(
+    has_order(2),
+    {"ours": lambda d, path, x, times: last(heun(d, path, x, times)), "typed": typed_heun()},
+    {
+        "second stage divided by the first σ": typed_heun(divide_by="now"),
+        "second stage not used": typed_heun(weight=0.0),
+        "only the second stage": typed_heun(weight=1.0),
+    },
+)
+
+
+def typed_2m_solver(past=lambda h, h_last: h / (2 * h_last), sign=1.0, length=lambda h, h_last: h):
+    """2M with x̂_0 extrapolated by the weight past(h, h_last), over the step length(h, h_last)."""
+
+    def solve(denoiser, path, x, times):
+        before = lam_before = None
+        for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+            (a_t, s_t), (a_s, s_s) = known("Cosine", t), known("Cosine", s)
+            lam_t, lam_s = math.log(a_t / s_t), math.log(a_s / s_s)
+            mixed = x0 = denoiser(x, t)
+            h = lam_s - lam_t
+            if before is not None:
+                w = sign * past(h, lam_t - lam_before)
+                mixed, h = (1 + w) * x0 - w * before, length(h, lam_t - lam_before)
+            x = s_s / s_t * x - a_s * math.expm1(-h) * mixed
+            before, lam_before = x0, lam_t
+        return x
+
+    return solve
+
+
+CASES["2M's order"] = Case(
+    has_order(2),
+    {"ours": lambda d, path, x, times: last(dpm_solver_pp_2m(d, path, x, times)), "typed": typed_2m_solver()},
+    {
+        "no memory": typed_2m_solver(past=lambda h, h_last: 0.0),
+        "sign of the extrapolation": typed_2m_solver(sign=-1.0),
+        "½ forgotten": typed_2m_solver(past=lambda h, h_last: h / h_last),
+    },
+)
+CASES["DDIM's order"] = Case(
+    has_order(1),
+    {
+        "ours": lambda d, path, x, times: last(ddim(d, path, x, times)),
+        "typed": typed_2m_solver(past=lambda h, h_last: 0.0),
+    },
+    {
+        "σ for the next σ": lambda d, path, x, times: _sloppy_ddim(d, x, times, lambda s_t, s_s: s_t),
+        "σ² for σ": lambda d, path, x, times: _sloppy_ddim(d, x, times, lambda s_t, s_s: s_s**2),
+    },
+)
+
+
+def _sloppy_ddim(denoiser, x, times, choose):
+    for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        (a_t, s_t), (a_s, s_s) = known("Cosine", t), known("Cosine", s)
+        x0 = denoiser(x, t)
+        x = a_s * x0 + choose(s_t, s_s) * (x - a_t * x0) / s_t
+    return x
+
+
+def extrapolates_exactly(solve):
+    """Where x̂_0 = c + k·λ, the last step of an uneven grid must use its value at the middle λ: this fixes r itself.
+
+    An order test cannot: with r inverted the slope is 2 as well, and without r it is on an even grid.
+    """
+
+    def denoiser(x, t):
+        return 0.3 + 1.7 * math.log(1 / math.tan(math.pi * t / 2)) + 0 * x
+
+    for lam in ([-1.0, -0.8, 0.4], [-1.0, 0.2, 0.4], [-0.5, 0.0, 0.5]):
+        times = tensor(*[2 / math.pi * math.atan(math.exp(-value)) for value in lam])
+        middle = solve(denoiser, Cosine(), tensor(0.9)[:, None], times[:2])
+        out = solve(denoiser, Cosine(), tensor(0.9)[:, None], times)
+        (_, s_t), (a_s, s_s) = known("Cosine", times[1].item()), known("Cosine", times[2].item())
+        x0 = 0.3 + 1.7 * (lam[1] + lam[2]) / 2
+        near(out, s_s / s_t * middle + a_s * (1 - math.exp(lam[1] - lam[2])) * x0, 1e-9)
+
+
+def our_2m_steps(denoiser, path, x, times):
+    before = ()
+    for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        x0 = denoiser(x, t)
+        x, before = dpm_solver_pp_2m_step(path, x, x0, t, s, *before), (x0, t)
+    return x
+
+
+CASES["2M's extrapolation"] = Case(
+    extrapolates_exactly,
+    {
+        "ours": lambda d, path, x, times: last(dpm_solver_pp_2m(d, path, x, times)),
+        "ours, step by step": our_2m_steps,
+        "typed": typed_2m_solver(),
+    },
+    {
+        "r inverted": typed_2m_solver(past=lambda h, h_last: h_last / (2 * h)),
+        "r dropped": typed_2m_solver(past=lambda h, h_last: 0.5),
+        "h_last for h": typed_2m_solver(length=lambda h, h_last: h_last),
+        "no memory": typed_2m_solver(past=lambda h, h_last: 0.0),
+        "½ forgotten": typed_2m_solver(past=lambda h, h_last: h / h_last),
+    },
+)
+
+
+# The SDE --------------------------------------------------------------------------------------------------------------
+# A kernel gives (α, σ, f, g²) at t. VP with β from 0.1 to 20, and SubVP.
+
+
+def is_consistent(marginals):
+    def oracle(kernel):
+        """α' = f·α and (σ²)' = 2f·σ² + g² by central differences, with α and σ those of the closed form."""
+        for t in (0.05, 0.4, 0.9):
+            step = 1e-5
+            alpha, sigma, drift, diffusion2 = kernel(t)
+            near([alpha, sigma], marginals(t), 1e-9)
+            (a_low, s_low), (a_high, s_high) = marginals(t - step), marginals(t + step)
+            near((a_high - a_low) / (2 * step), drift * alpha, 1e-6)
+            near((s_high**2 - s_low**2) / (2 * step), 2 * drift * sigma**2 + diffusion2, 1e-6)
+
+    return oracle
+
+
+def vp_beta(t):
+    return 0.1 + 19.9 * t
+
+
+def vp_alpha(t, factor=0.5):
+    return math.exp(-factor * (0.1 * t + 19.9 * t**2 / 2))
+
+
+def ours_sde(path):
+    return lambda t: tuple(value.item() for value in (path.alpha(t), path.sigma(t), path.drift(t), path.diffusion2(t)))
+
+
+def typed_vp(factor=0.5, drift=lambda b: -b / 2, diffusion2=lambda b, t: b):
+    def kernel(t):
+        alpha = vp_alpha(t, factor)
+        return alpha, math.sqrt(1 - alpha**2), drift(vp_beta(t)), diffusion2(vp_beta(t), t)
+
+    return kernel
+
+
+CASES["SDE of VP"] = Case(
+    is_consistent(lambda t: known("VP", t)),
+    {"ours": ours_sde(VP()), "typed": typed_vp()},
+    {
+        "α without ½": typed_vp(factor=1.0),
+        "α with ¼": typed_vp(factor=0.25),
+        "drift without ½": typed_vp(drift=lambda b: -b),
+        "drift's sign": typed_vp(drift=lambda b: b / 2),
+        "g for g²": typed_vp(diffusion2=lambda b, t: math.sqrt(b)),
+        "g² doubled": typed_vp(diffusion2=lambda b, t: 2 * b),
+        "β averaged over [0, t]": typed_vp(diffusion2=lambda b, t: 0.1 + 19.9 * t / 2),
+    },
+)
+
+
+def typed_sub_vp(power=2, sigma=lambda a: 1 - a**2):
+    def kernel(t):
+        alpha = vp_alpha(t)
+        return alpha, sigma(alpha), -vp_beta(t) / 2, vp_beta(t) * (1 - alpha ** (2 * power))
+
+    return kernel
+
+
+CASES["SDE of SubVP"] = Case(
+    is_consistent(lambda t: known("SubVP", t)),
+    {"ours": ours_sde(SubVP()), "typed": typed_sub_vp()},
+    {
+        "g² with α² for α⁴": typed_sub_vp(power=1),
+        "g² = β": typed_sub_vp(power=math.inf),
+        "σ² for σ": typed_sub_vp(sigma=lambda a: (1 - a**2) ** 2),
+        "VP's σ": typed_sub_vp(sigma=lambda a: math.sqrt(1 - a**2)),
+    },
+)
+
+
+# Losses ---------------------------------------------------------------------------------------------------------------
+# A kernel takes (x0, x0_hat, xt, t) and gives the term of the bound from t to t − 1, with variance β, for one sample.
+
+
+def is_a_divergence(term):
+    """torch's KL divergence of the two Gaussians for t > 1 (means by Bayes on a grid), −log density at t = 1."""
+    for t in (1, 2, 9, 20):
+        before, beta = ABAR[t - 1], BETAS[t - 1]
+        xt, x0, x0_hat = 0.4, 0.7, -0.2
+        if t == 1:
+            expected = -Normal(tensor(x0_hat), math.sqrt(beta)).log_prob(tensor(x0)).item()
+        else:
+            args = math.sqrt(before), math.sqrt(1 - before), math.sqrt(1 - beta), beta, xt
+            (mean, var), (mean_hat, _) = bayes_on_a_grid(*args, x0), bayes_on_a_grid(*args, x0_hat)
+            q, p = Normal(tensor(mean), math.sqrt(var)), Normal(tensor(mean_hat), math.sqrt(beta))
+            expected = kl_divergence(q, p).item()
+        near(term(x0, x0_hat, xt, t), expected)
+
+
+def our_term(x0, x0_hat, xt, t):
+    return bound_term(lambda x, u: tensor([x0_hat]), CHAIN, tensor([x0]), tensor([xt]), t - 1, t).item()
+
+
+def typed_term(posterior=tilde, model=lambda t: BETAS[t - 1], half=0.5, const=True, swapped=False, sign=1.0):
+    def term(x0, x0_hat, xt, t):
+        if t == 1:
+            sigma2 = model(1)
+            return sign * (x0 - x0_hat) ** 2 / (2 * sigma2) + 0.5 * math.log(2 * math.pi * sigma2)
+        var_q, var_p = posterior(t - 1, t), model(t)
+        gap = math.sqrt(ABAR[t - 1]) * BETAS[t - 1] / (1 - ABAR[t]) * (x0 - x0_hat)
+        if swapped:
+            var_q, var_p = var_p, var_q
+        constant = var_q / var_p - 1 - math.log(var_q / var_p) if const else 0.0
+        return half * (gap**2 / var_p + constant)
+
+    return term
+
+
+CASES["term of the bound"] = Case(
+    is_a_divergence,
+    {"ours": our_term, "typed": typed_term()},
+    {
+        "β̃ weights for Σ = β": typed_term(model=lambda t: tilde(t - 1, t) or BETAS[0]),
+        "without its constant": typed_term(const=False),
+        "KL the other way round": typed_term(swapped=True),
+        "without ½": typed_term(half=1.0),
+        "deviations for variances": typed_term(
+            posterior=lambda s, t: math.sqrt(tilde(s, t)), model=lambda t: math.sqrt(BETAS[t - 1])
+        ),
+        "log p for −log p at t = 1": typed_term(sign=-1.0),
+        "log of the wrong variance": typed_term(posterior=lambda s, t: BETAS[t - 1]),
+        # the slide's 1/(2β̃_1): β̃_1 = 0
+        "β̃_1 at t = 1": lambda *args: np.inf if args[-1] == 1 else typed_term()(*args),
+    },
+)
+
+
+# A kernel takes (level, mean, std), the grey level as a number in [−1, 1], and gives the log mass of its bin out of 256.
+
+
+def is_the_mass(log_mass):
+    """All 256 masses add up to 1, and each is the normal integral in 40 digits, also far from the mean."""
+    half = mp.mpf(1) / 255
+    for mean, std in ((0.1, 0.01), (0.999, 0.05), (-0.5, 0.3)):
+        logs = [log_mass(k / 127.5 - 1, mean, std) for k in range(256)]
+        assert abs(math.fsum(math.exp(value) for value in logs) - 1) < 1e-9
+        for k in (0, 100, 130, 140, 255):
+            level = mp.mpf(k) / mp.mpf("127.5") - 1
+            low = -mp.inf if k == 0 else (level - half - mean) / std
+            high = mp.inf if k == 255 else (level + half - mean) / std
+            if low > 0:
+                low, high = -high, -low
+            exact = mp.log((mp.erfc(-high / mp.sqrt(2)) - mp.erfc(-low / mp.sqrt(2))) / 2)
+            near(logs[k], float(exact), 1e-8)
+
+
+def our_mass(level, mean, std):
+    x0 = tensor(level)[:, None]
+    return -bound_term(lambda x, t: torch.full_like(x, mean), DiscretePath([std**2]), x0, x0, 0, 1, bins=256).item()
+
+
+def phi(x):
+    return float((1 + mp.erf(mp.mpf(x) / mp.sqrt(2))) / 2)
+
+
+def rough_phi(x):
+    return 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def typed_mass(cdf=phi, open_ends=True, half=1 / 255, floor=1e-12):
+    def log_mass(level, mean, std):
+        above = 1.0 if open_ends and level > 0.999 else cdf((level + half - mean) / std)
+        below = 0.0 if open_ends and level < -0.999 else cdf((level - half - mean) / std)
+        return math.log(max(above - below, floor))
+
+    return log_mass
+
+
+def exact_mass(level, mean, std):
+    """The difference of two integrals in 40 digits, without a floor."""
+    low = -mp.inf if level < -0.999 else (mp.mpf(level) - mp.mpf(1) / 255 - mean) / std
+    high = mp.inf if level > 0.999 else (mp.mpf(level) + mp.mpf(1) / 255 - mean) / std
+    if low > 0:
+        low, high = -high, -low
+    return float(mp.log((mp.erfc(-high / mp.sqrt(2)) - mp.erfc(-low / mp.sqrt(2))) / 2))
+
+
+CASES["mass of a grey level"] = Case(
+    is_the_mass,
+    {"ours": our_mass, "typed": exact_mass},
+    {
+        "cdf by tanh": typed_mass(cdf=rough_phi),
+        "ends closed": typed_mass(open_ends=False),
+        "bins half as wide": typed_mass(half=1 / 510),
+        "256 steps for 255": typed_mass(half=1 / 256),
+        "a floor under the mass": typed_mass(),
+    },
+)
+
+
+# A kernel takes (net, x0, t, eps) on the chain and gives the training loss for noise prediction.
+
+
+def is_the_simple_loss(loss):
+    """Zero for a net that says ε, 4 for one that is off by 2, and what it is shown has the mean and noise of q(x_t | x_0)."""
+    eps, x0, t = tensor([0.5, -1.0], [2.0, 0.1]), tensor([0.3, -0.8], [0.3, -0.8]), torch.tensor([3, 17])
+    shown = []
+
+    def net(shift):
+        def call(xt, u):
+            shown.append((xt, u))
+            return eps + shift
+
+        return call
+
+    near(loss(net(0.0), x0, t, eps), 0.0)
+    near(loss(net(2.0), x0, t, eps), 4.0)
+    root = np.sqrt(ABAR[[3, 17]])[:, None]
+    near(shown[0][0], root * x0.numpy() + np.sqrt(1 - root**2) * eps.numpy())
+    near(shown[0][1], [3 / 20, 17 / 20], 1e-6)
+
+
+def typed_loss(scale=np.sqrt, spread=np.sqrt, time=lambda t: t / 20, target=lambda eps, x0: eps, reduce=torch.mean):
+    def loss(net, x0, t, eps):
+        abar = ABAR[t.numpy()]
+        mixed = torch.from_numpy(scale(abar))[:, None] * x0 + torch.from_numpy(spread(1 - abar))[:, None] * eps
+        return reduce((net(mixed, time(t)) - target(eps, x0)) ** 2).item()
+
+    return loss
+
+
+CASES["training loss"] = Case(
+    is_the_simple_loss,
+    {"ours": lambda net, x0, t, eps: simple(Denoiser(net, CHAIN, "eps"), x0, t, eps).item(), "typed": typed_loss()},
+    {
+        "ᾱ for √ᾱ": typed_loss(scale=lambda a: a),
+        "1 − ᾱ for √(1 − ᾱ)": typed_loss(spread=lambda a: a),
+        "t not scaled": typed_loss(time=lambda t: t),
+        "t counted from 0": typed_loss(time=lambda t: (t - 1) / 20),
+        "x_0 as target": typed_loss(target=lambda eps, x0: x0),
+        "sum for mean": typed_loss(reduce=torch.sum),
+    },
+)
+
+
+# A kernel takes times in [0, 1], shape (B,), and gives 64 features.
+
+
+def tells_times_apart(features):
+    """Every pair of neighbouring times out of 1000 differs by a clear distance, and all features lie in [−1, 1]."""
+    out = features(torch.arange(1001, dtype=torch.float64) / 1000)
+    assert out.shape == (1001, 64) and out.abs().max() <= 1
+    assert (out[1:] - out[:-1]).norm(dim=1).min() > 0.3
+
+
+def typed_sinusoids(scale):
+    def features(t):
+        angle = scale * t[:, None] * 10_000.0 ** (-torch.arange(32) / 32)
+        return torch.cat([angle.cos(), angle.sin()], 1)
+
+    return features
+
+
+CASES["features of time"] = Case(
+    tells_times_apart,
+    {"ours": lambda t: sinusoids(t, 64), "typed": typed_sinusoids(1000.0)},
+    {"t in [0, 1] as it is": typed_sinusoids(1.0), "t itself": lambda t: t[:, None].expand(-1, 64)},
+)
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case, kernel", [(case, kernel) for case in CASES for kernel in CASES[case].right])
+def test_right_is_accepted(case, kernel):
+    """Every oracle accepts our kernel, and a correct one that is written like the wrong ones."""
+    CASES[case].oracle(CASES[case].right[kernel])
+
+
+@pytest.mark.parametrize("case, kernel", [(case, kernel) for case in CASES for kernel in CASES[case].wrong])
+def test_wrong_is_rejected(case, kernel):
+    """The same oracle rejects every wrong kernel: by an assertion, or because it reads beyond its table."""
+    with pytest.raises((AssertionError, IndexError)):
+        CASES[case].oracle(CASES[case].wrong[kernel])
