@@ -77,6 +77,9 @@ def bare(a):
     return f"""{a}"""
 
 
+def stub(a): ...
+
+
 class Documented:
     """Not shown either."""
 
@@ -88,6 +91,7 @@ class Documented:
     [
         (documented, ["def documented(a):", "    return a + 1"]),
         (bare, ["def bare(a):", '    return f"""{a}"""']),
+        (stub, ["def stub(a): ..."]),
         (Documented, ["class Documented:", "", "    size = 3"]),
     ],
 )

@@ -416,17 +416,25 @@ def test_a_time_for_each_sample(name, generator):
 
 
 @all_paths
-def test_tabulate_changes_no_result(name, generator):
-    """Announced times give the numbers that unannounced ones give, in float32 to its last digits, also at the ends."""
-    path = type(path_of(name))(CHAIN_BETAS) if name == "chain" else path_of(name)
-    value, xt = normals(3, 2, generator=generator).float(), normals(3, 2, generator=generator).float()
-    times = [time_on(name, u) for u in (1.0, 0.6, 0.2)]
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 3e-7), (torch.bfloat16, 2e-2)])
+def test_tabulate_changes_no_result(name, dtype, tolerance, generator):
+    """Announced times give the numbers that unannounced ones give, up to rounding, at both ends of a step and again."""
+    path, times = path_of(name), [time_on(name, u) for u in (1.0, 0.6, 0.2, 0.0)]
+    value, xt = (normals(3, 2, generator=generator).to(dtype) for _ in "ab")
     for t in times:
-        path.tabulate(torch.tensor([time_on(name, 0.4)]))
+        path.tabulate(times_of([time_on(name, 0.4)]))
         plain, unit = path.convert(value, xt, t, "v", "x0"), path.units(t, 3, xt.device)
-        path.tabulate(torch.tensor(times, dtype=torch.float64))
-        torch.testing.assert_close(path.convert(value, xt, t, "v", "x0"), plain, rtol=2e-7, atol=2e-7)
-        assert torch.equal(path.units(t, 3, xt.device), unit) and unit.shape == (3,) and unit.dtype == torch.float32
+        path.tabulate(times_of(times))
+        for _ in "ab":
+            again = path.convert(value, xt, t, "v", "x0")
+            assert again.dtype == dtype
+            size = max(1.0, plain.abs().max().item())
+            torch.testing.assert_close(again, plain, rtol=0, atol=tolerance * size)
+            assert torch.equal(path.units(t, 3, xt.device), unit) and unit.shape == (3,) and unit.dtype == torch.float32
+        with pytest.raises(ValueError, match="^value must have the shape of xt"):
+            path.convert(value[:2], xt, t, "v", "x0")
+        with pytest.raises(ValueError, match="^to must be one of"):
+            path.convert(value, xt, t, "v", "noise")
 
 
 @continuous_paths

@@ -11,7 +11,8 @@ import signal
 import pytest
 import torch
 
-from dgm_course import checkpoints, data, losses, recipes
+from dgm_course import checkpoints, data, losses, recipes, training
+from dgm_course.paths import Cosine
 
 TINY = {
     "what": "a tiny U-Net",
@@ -87,6 +88,35 @@ def test_the_score_is_the_mean_loss_on_test_images(tmp_path):
     with torch.no_grad():
         value = losses.simple(denoiser, x, t, torch.randn(x.shape, generator=g), y=y).item()
     assert math.isfinite(score) and score == pytest.approx(value, rel=0.03)
+
+
+def test_what_is_trained_on_saved_and_scored(tmp_path, monkeypatch):
+    """Training sees the recipe's batches with dropped labels; the average is saved, and scored with all labels."""
+    fit, simple, fits, calls = training.fit, losses.simple, [], []
+
+    def recorded_fit(*arguments, **options):
+        fits.append(fit(*arguments, **options))
+        return fits[-1]
+
+    def recorded_loss(model, **batch):
+        value = simple(model, **batch)
+        calls.append((model, batch, value.item()))
+        return value
+
+    monkeypatch.setattr(training, "fit", recorded_fit)
+    monkeypatch.setattr(losses, "simple", recorded_loss)
+    card = recipes.train("tiny", out=tmp_path)
+    x, y = data.images(part("mnist"))
+    expected = training.batches(x, Cosine(), size=8, y=y, null=10, seed=3)
+    for step, (_, batch, _) in enumerate(calls[:4]):
+        assert all(torch.equal(batch[key], value) for key, value in expected(step).items())
+    average = fits[0].ema
+    for model, batch, _ in calls[4:]:
+        assert model is average and torch.equal(batch["y"].sort().values, y.sort().values)
+    assert len(calls[4:]) == 4
+    assert card["scores"]["test loss"] == pytest.approx(sum(value for *_, value in calls[4:]) / 4, abs=1e-4)
+    saved = checkpoints.load("tiny", tmp_path).net.state_dict()
+    assert all(torch.equal(saved[key], weight.half().float()) for key, weight in average.net.state_dict().items())
 
 
 def test_the_recipe_alone_decides(tmp_path):

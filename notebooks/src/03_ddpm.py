@@ -668,11 +668,12 @@ claim("at least 36 of the 40 digits are what was asked for", (judge(states[-1]) 
 # Now the way back of two of them: above, the state $x_t$; below, the network's guess $\hat x_0$ at that moment. *When is it decided how the digit is written?*
 
 # %%
-pick = [8, 17]
-chosen_times = list(range(0, 100, 12))
-guesses = [conditional(states[i], times[i].item())[pick] for i in chosen_times]
-frames = [torch.stack([states[i][pick], x0_hat], dim=1).flatten(0, 1) for i, x0_hat in zip(chosen_times, guesses)]
-plots.film(frames, times=[f"{times[i]:.2f}" for i in chosen_times], labels=["xₜ", "guess"] * 2, title="Reverse: from noise to digits")
+pick, frames, shown = [8, 17], [], range(0, 100, 12)
+for i in shown:
+    x0_hat = conditional(states[i], times[i].item())
+    frames.append(torch.stack([states[i][pick], x0_hat[pick]], dim=1).flatten(0, 1))  # state and guess in turn
+
+plots.film(frames, times=[f"{times[i]:.2f}" for i in shown], labels=["xₜ", "guess"] * 2, title="Reverse: from noise to digits")
 
 # %% [markdown]
 # The guess begins as the blurred mean of the class. By the middle of the way its strokes are in place, while $x_t$ is still mostly noise. The rest is detail. As with the moons: coarse before fine.
