@@ -120,6 +120,34 @@ def test_blocks_start_as_the_identity():
     assert not torch.allclose(awake(block)(h, condition), h) and not torch.allclose(awake(attention)(h), h)
 
 
+def test_block_by_hand():
+    """skip(h) + W₂∗SiLU((1 + s)·norm(W₁∗SiLU(norm(h))) + b) with (s, b) = W·SiLU(c), from the block's own parameters."""
+    f, block = nn.functional, awake(ResBlock(16, 24, 8)).double()
+    h, c = torch.randn(2, 16, 4, 4, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    own = dict(block.named_parameters())
+    scale_shift = f.silu(c) @ own["modulation.weight"].T + own["modulation.bias"]
+    scale, shift = scale_shift[:, :24, None, None], scale_shift[:, 24:, None, None]
+    inside = f.conv2d(
+        f.silu(f.group_norm(h, 8, own["norm1.weight"], own["norm1.bias"])),
+        own["conv1.weight"],
+        own["conv1.bias"],
+        padding=1,
+    )
+    inside = (1 + scale) * f.group_norm(inside, 8, own["norm2.weight"], own["norm2.bias"]) + shift
+    expected = f.conv2d(h, own["skip.weight"], own["skip.bias"]) + f.conv2d(
+        f.silu(inside), own["conv2.weight"], own["conv2.bias"], padding=1
+    )
+    torch.testing.assert_close(block(h, c), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_skip_passes_the_bottleneck():
+    """With nothing let through to the lower level the image still reaches the output, over the skip."""
+    net = awake(UNet(channels=(16, 16), blocks=(1, 1)))
+    nn.init.zeros_(net.shrink.weight)
+    x, t = images({})
+    assert not torch.allclose(net(x, t), net(x.flip(-1), t), atol=1e-4)
+
+
 def test_attention_by_numpy():
     """softmax(QKᵀ/√d)V over positions, head by head, with numpy."""
     attention = awake(SelfAttention(16, heads=2)).double()

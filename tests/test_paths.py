@@ -584,12 +584,13 @@ def test_grid_of_times(name, steps):
 
 
 def test_grid_of_every_chain():
-    """No grid of any chain up to T = 60 repeats a time or misses an end."""
+    """No grid of any chain up to T = 60 repeats a time, misses an end, or is further than ½ from even spacing."""
     for T in range(1, 61):
         path = DiscretePath([0.1] * T)
         for steps in range(1, T + 1):
             times = path.times(steps)
             assert len(times) == steps + 1 and times[0] == T and times[-1] == 0 and bool((times.diff() < 0).all())
+            assert all(abs(steps * t - T * (steps - k)) <= steps / 2 for k, t in enumerate(times.tolist()))
 
 
 @continuous_paths

@@ -12,11 +12,12 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from dgm_course.paths import Cosine
 from dgm_course.toy import GaussianMixture, checkerboard, ring, swiss_roll, two_moons
 
-# Three components in the plane, none alike: a slanted one, a nearly flat one, a round one
-POINTS = torch.tensor([[-1.0, 0.5], [1.0, 1.0], [0.3, -1.2]], dtype=torch.float64)
-COVS = torch.tensor(
-    [[[0.5, 0.3], [0.3, 0.4]], [[1.0, -0.09], [-0.09, 0.01]], [[0.2, 0.0], [0.0, 0.2]]], dtype=torch.float64
+# Three components in space, none alike: two slanted ones, one of them nearly flat, and a round one
+POINTS = torch.tensor([[-1.0, 0.5, 0.2], [1.0, 1.0, -0.7], [0.3, -1.2, 0.4]], dtype=torch.float64)
+ROOTS = torch.tensor(
+    [[[0.6, 0.0, 0.0], [0.5, 0.3, 0.0], [-0.2, 0.1, 0.4]], [[1.0, 0.0, 0.0], [-0.1, 0.05, 0.0], [0.3, 0.4, 0.5]]]
 )
+COVS = torch.cat([ROOTS @ ROOTS.mT, 0.2 * torch.eye(3)[None]]).double()
 SHARES = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
 MIXTURE = GaussianMixture(POINTS, COVS, SHARES)
 LINE = GaussianMixture(torch.from_numpy(MEANS)[:, None], torch.from_numpy(STDS**2), torch.from_numpy(WEIGHTS))
@@ -29,12 +30,12 @@ def close(actual, expected, tolerance=1e-10):
 
 def noised(alpha=1.0, sigma=0.0):
     """The same mixture by torch.distributions, with means α·m and covariances α²·C + σ²·I."""
-    parts = MultivariateNormal(alpha * POINTS, alpha**2 * COVS + sigma**2 * torch.eye(2, dtype=torch.float64))
+    parts = MultivariateNormal(alpha * POINTS, alpha**2 * COVS + sigma**2 * torch.eye(3, dtype=torch.float64))
     return MixtureSameFamily(Categorical(SHARES), parts)
 
 
 def points(generator, n=7):
-    return 1.5 * torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    return 1.5 * torch.randn(n, 3, generator=generator, dtype=torch.float64)
 
 
 def test_density_of_the_data(generator):
@@ -95,7 +96,7 @@ def test_denoiser_at_the_ends(generator):
     x = points(generator)
     close(MIXTURE.denoiser(Cosine())(x, 0.0), x)
     mean = (SHARES / 6) @ POINTS
-    close(MIXTURE.denoiser(Cosine())(x, 1.0), mean.expand(7, 2))
+    close(MIXTURE.denoiser(Cosine())(x, 1.0), mean.expand(7, 3))
 
 
 def test_density_integrates_to_one():
@@ -108,7 +109,7 @@ def test_density_integrates_to_one():
 
 def test_far_away_nothing_overflows():
     """Far out in the tails density, score and denoiser stay finite, where plain exponentials would give 0/0."""
-    x = torch.tensor([[1e4, -1e4]], dtype=torch.float64)
+    x = torch.tensor([[1e4, -1e4, 1e4]], dtype=torch.float64)
     for value in (MIXTURE.log_prob(x), MIXTURE.score(x), MIXTURE.denoiser(Cosine())(x, 0.01)):
         assert bool(value.isfinite().all())
 
@@ -118,12 +119,12 @@ def test_far_away_nothing_overflows():
     [
         (0.25, [0.25, 0.25, 0.25]),
         (torch.tensor([0.1, 0.2, 0.3]), [0.1, 0.2, 0.3]),
-        (torch.tensor([0.1, 0.2, 0.3]).double()[:, None, None] * torch.eye(2).double(), [0.1, 0.2, 0.3]),
+        (torch.tensor([0.1, 0.2, 0.3]).double()[:, None, None] * torch.eye(3).double(), [0.1, 0.2, 0.3]),
     ],
 )
 def test_ways_to_give_covariances(covs, expected, generator):
     """One variance for all, one for each component, or matrices; equal weights if none are given."""
-    matrices = torch.tensor(expected).double()[:, None, None] * torch.eye(2).double()
+    matrices = torch.tensor(expected).double()[:, None, None] * torch.eye(3).double()
     parts = MultivariateNormal(POINTS, matrices)
     law = MixtureSameFamily(Categorical(torch.ones(3, dtype=torch.float64)), parts)
     x = points(generator)
@@ -142,7 +143,7 @@ def test_samples_have_the_law(generator):
 
 
 def test_samples_have_the_moments(generator):
-    """In the plane, mean and covariance of 200,000 samples lie within 5 standard errors of the exact ones."""
+    """In space, mean and covariance of 200,000 samples lie within 5 standard errors of the exact ones."""
     x, n = MIXTURE.sample(200_000, generator), 200_000
     share = SHARES / 6
     mean = share @ POINTS
@@ -204,7 +205,7 @@ def test_checkerboard(generator):
     assert scipy.stats.kstest((x - square).flatten().numpy(), "uniform").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("make", [two_moons, swiss_roll, checkerboard, lambda n, g: MIXTURE.sample(n, g)])
+@pytest.mark.parametrize("make", [two_moons, swiss_roll, checkerboard, lambda n, g: ring().sample(n, g)])
 def test_points_come_from_the_generator(make):
     """One seed one set of points; the global state stays untouched."""
     before = torch.random.get_rng_state()
@@ -219,22 +220,22 @@ def test_points_come_from_the_generator(make):
         (lambda: GaussianMixture(torch.zeros(3), 1.0), r"^means must be floating-point of shape \(K, d\)"),
         (lambda: GaussianMixture(torch.zeros(3, 2, dtype=torch.int64), 1.0), "^means must be floating-point"),
         (lambda: GaussianMixture(POINTS, torch.ones(2)), "^covs must be a number"),
-        (lambda: GaussianMixture(POINTS, torch.ones(3, 3, 3)), "^covs must be a number"),
+        (lambda: GaussianMixture(POINTS, torch.ones(3, 2, 2)), "^covs must be a number"),
         (
-            lambda: GaussianMixture(POINTS, torch.tensor([[1.0, 0.5], [0.0, 1.0]]).expand(3, 2, 2)),
+            lambda: GaussianMixture(POINTS, torch.ones(3, 3).tril().expand(3, 3, 3)),
             "^covs must be a number",
         ),
         (
-            lambda: GaussianMixture(POINTS, torch.tensor([[1.0, 2.0], [2.0, 1.0]]).expand(3, 2, 2)),
+            lambda: GaussianMixture(POINTS, -torch.eye(3).expand(3, 3, 3)),
             "^covs must have no negative",
         ),
         (lambda: GaussianMixture(POINTS, 1.0, torch.ones(2)), r"^weights must be positive, shape \(3,\)"),
         (lambda: GaussianMixture(POINTS, 1.0, torch.tensor([1.0, 0.0, 1.0])), "^weights must be positive"),
-        (lambda: MIXTURE.log_prob(torch.zeros(4, 3)), r"^x must have shape \(B, 2\)"),
-        (lambda: MIXTURE.score(torch.zeros(2)), r"^x must have shape \(B, 2\)"),
-        (lambda: MIXTURE.denoiser(Cosine())(torch.zeros(4, 3), 0.5), r"^x must have shape \(B, 2\)"),
+        (lambda: MIXTURE.log_prob(torch.zeros(4, 2)), r"^x must have shape \(B, 3\)"),
+        (lambda: MIXTURE.score(torch.zeros(3)), r"^x must have shape \(B, 3\)"),
+        (lambda: MIXTURE.denoiser(Cosine())(torch.zeros(4, 2), 0.5), r"^x must have shape \(B, 3\)"),
         (
-            lambda: MIXTURE.log_prob(torch.zeros(4, 2), Cosine(), torch.zeros(3)),
+            lambda: MIXTURE.log_prob(torch.zeros(4, 3), Cosine(), torch.zeros(3)),
             r"^t must be a number or have shape \(4,\)",
         ),
     ],

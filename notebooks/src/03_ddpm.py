@@ -17,12 +17,12 @@
 # A diffusion model learns to undo noise, a little at a time. At the end of this notebook you will be able to
 #
 # - say what the forward and the reverse process are, and why the forward one needs no learning;
-# - prove that *t* small steps of noise equal one jump, and check the proof by experiment;
+# - prove that *t* steps of noise have the same distribution as one jump, and check the proof by experiment;
 # - derive the posterior $q(x_{t-1}\mid x_t, x_0)$, the target of the reverse step;
 # - train a diffusion model with Algorithm 1 and sample from it with Algorithm 2;
 # - draw handwritten digits of any class you ask for.
 #
-# **Time:** 60 to 90 minutes to read; it runs in half a minute on two processor cores.
+# **Time:** 60 to 90 minutes to read; it runs in under a minute on a processor.
 # **It builds on** the VAE: what a latent variable is, and what a KL divergence measures.
 # **Symbols** are those of the lecture; the README's [symbol ledger](../README.md#symbols) lists them all.
 
@@ -86,10 +86,12 @@ plots.film(film, times=times, rows=3, title="Forward: from data to noise");
 #
 # $$x_t = \sqrt{1-\beta_t}\;x_{t-1} + \sqrt{\beta_t}\;\epsilon_t,\qquad \epsilon_t\sim\mathcal N(0, I),\qquad t = 1,\dots,T.$$
 #
+# The $\epsilon_t$ are independent of each other and of $x_0$.
+#
 # The number $\beta_t$ between 0 and 1 is the variance of the noise that step $t$ adds. We write $q$ for the distributions of this process, which
 # are fixed and known; $p_\theta$, later, for those that are learned. With $\alpha_t = 1-\beta_t$, the step is $q(x_t\mid x_{t-1}) = \mathcal N\bigl(x_t;\ \sqrt{\alpha_t}\,x_{t-1},\ (1-\alpha_t)I\bigr)$.
 #
-# **Why the two square roots?** Variances add, and a factor enters a variance squared. If a pixel of $x_{t-1}$ has variance 1, then
+# **Why the two square roots?** Variances of independent terms add, and a factor enters a variance squared. If a pixel of $x_{t-1}$ has variance 1, then
 # $x_t$ has variance $(1-\beta_t)\cdot 1 + \beta_t = 1$ again. The image fades, and the total spread stays put. A pixel of another variance
 # (those of digits have less) moves towards 1.
 
@@ -101,7 +103,7 @@ claim("a variance of 1 stays 1", sympy.simplify(after.subs(variance, 1) - 1) == 
 claim("any other variance moves towards 1", sympy.simplify((after - 1) - (1 - beta) * (variance - 1)) == 0)
 
 # %% [markdown]
-# The step looks at $x_{t-1}$ only, not at what came before. So the forward process is a *Markov chain*, and the
+# The step looks at $x_{t-1}$ and fresh noise only, not at what came before. So the forward process is a *Markov chain*, and the
 # distribution of the whole walk is a product:
 #
 # $$q(x_{1:T}\mid x_0) = \prod_{t=1}^{T} q(x_t\mid x_{t-1}).$$
@@ -127,7 +129,7 @@ plots.overlay(spiral[:2000], walked[:2000], labels=["x₀", "x₂₀₀"]);
 #
 # Training will need $x_t$ for a random $t$, millions of times. Walking there would cost hundreds of steps each time.
 #
-# **Claim.** Adding noise $t$ times is the same, in distribution, as adding it once:
+# **Claim.** For each $t$ by itself, $t$ steps give $x_t$ the same distribution as one jump:
 #
 # $$q(x_t\mid x_0) = \mathcal N\bigl(x_t;\ \sqrt{\bar\alpha_t}\;x_0,\ (1-\bar\alpha_t)\,I\bigr),\qquad \bar\alpha_t = \prod_{t'=1}^{t}\alpha_{t'}.$$
 #
@@ -155,16 +157,17 @@ claim("two noises merge: α₂(1 − α₁) + (1 − α₂) = 1 − α₁α₂",
 # %%
 e1 = torch.randn(100_000, generator=g)
 claim("independent noises: the variances add", abs((e1 + torch.randn(100_000, generator=g)).var() - 2) < 0.05)
-claim("dependent noises: here they cancel", (e1 + (-e1)).var() == 0)
+print("variance of ε₁ + (−ε₁):", (e1 + (-e1)).var().item())
 
 # %% [markdown]
-# **By experiment.** The 20,000 points that walked 200 steps, against 20,000 that jumped. A two-sample test (Kolmogorov–Smirnov, for each
-# coordinate) asks: could both clouds come from one distribution? A p-value above 1 % means: no reason to doubt it.
+# **By experiment.** 20,000 points walked 200 steps. If the claim holds, what they have gained, $(x_{200}-\sqrt{\bar\alpha_{200}}\,x_0)/\sqrt{1-\bar\alpha_{200}}$, is standard normal noise. A
+# Kolmogorov–Smirnov test looks for a difference; with so many points it would see noise that is 5 % too large. A p-value above 1 % means that it sees none.
 
 # %%
+gained = (walked - chain.alpha(200) * spiral) / chain.sigma(200)
+p_value = stats.kstest(gained.flatten().numpy(), "norm").pvalue
+claim("what 200 steps have added is N(0, 1) noise (test at 1 %)", p_value > 0.01)
 jumped = chain.perturb(spiral, 200, torch.randn(spiral.shape, generator=g))
-p_values = [stats.ks_2samp(walked[:, i].numpy(), jumped[:, i].numpy()).pvalue for i in range(2)]
-claim("walking and jumping agree (two-sample test at 1 %)", min(p_values) > 0.01)
 plots.overlay(walked[:2000], jumped[:2000], labels=["200 steps", "one jump"]);
 
 # %% [markdown]
@@ -201,15 +204,16 @@ bug = spiral[:2000]
 for t in range(1, 1001):
     bug = bug + float(chain.betas[t]) * torch.rand(bug.shape, generator=g)
 right = chain.perturb(spiral[:2000], 1000, torch.randn(2000, 2, generator=g))
-claim("the right chain ends at N(0, 1)", abs(right.mean()) < 0.05 and abs(right.std() - 1) < 0.05)
-claim("the buggy one drifts away and never becomes Gaussian noise", bug.mean() > 4)
+claim("the right chain ends with mean 0 and deviation 1, nearly", abs(right.mean()) < 0.05 and abs(right.std() - 1) < 0.05)
+claim("the buggy one drifts by 5", abs((bug - spiral[:2000]).mean() - 5) < 0.1)
+claim("and is still the spiral", torch.corrcoef(torch.stack([bug[:, 0], spiral[:2000, 0]]))[0, 1] > 0.9)
 plots.overlay(right, bug, labels=["right", "buggy"]);
 
 # %% [markdown]
 # <details><summary>What is wrong</summary>
 #
 # The buggy cloud has moved up and to the right, and it is still a spiral. `rand` draws from $[0, 1]$, whose mean is not 0, so every step pushes the same
-# way. `beta` stands where $\sqrt\beta$ should, so the noise is far too small. And nothing shrinks $x$, so the data are never forgotten.
+# way. `beta` stands where $\sqrt\beta$ should, so the noise is far too small. And nothing shrinks $x$: its variance can only grow, and never settles at 1. With noise this small the data are never forgotten.
 #
 # </details>
 #
@@ -232,17 +236,21 @@ claim("with the slide text's formula almost nothing of x_0 is left by then", kep
 # `linear_betas(T)` multiplies every $\beta_t$ by $1000/T$, so that the chain still ends in noise.
 #
 # The slide asks that $\alpha_t$ be a decreasing sequence. What is needed is less: every $\alpha_t$ between 0 and 1, so that $\bar\alpha_t$ falls by itself, and
-# enough steps that it falls to about 0. A constant $\alpha_t$ will do.
+# enough steps that it falls to about 0. A constant $\alpha_t$ will do, and even one that increases.
 
 # %%
-schedules = {"linear β": chain, "constant β": DiscretePath(constant_betas(1000))}
+schedules = {
+    "linear β": chain,
+    "constant β": DiscretePath(constant_betas(1000)),
+    "falling β": DiscretePath(linear_betas(1000).flip(0)),  # here α_t increases
+}
 for name, path in schedules.items():
     claim(f"{name}: ᾱ_t falls at every step, to below 1e-4", (path.alpha_bars.diff() < 0).all() and path.alpha_bars[-1] < 1e-4)
 t = torch.arange(1001)
 plots.curves(t, {name: path.alpha_bars for name, path in schedules.items()}, "t", "share of the image's variance, ᾱ");
 
 # %% [markdown]
-# Both curves end near 0. The constant schedule spends half of its steps on what is noise already; the linear one spreads the loss of the image over more of them.
+# All end near 0. The constant schedule spends half of its steps on what is noise already, and falling β is worse; the linear one spreads the loss of the image over more of them.
 #
 # Now move $t$ yourself. At which $t$ does each digit lose its class? Compare with the number you wrote down.
 
@@ -286,8 +294,8 @@ line = torch.linspace(-2, 2, 40_001, dtype=torch.float64)
 
 def exact_and_gaussian(steps, t=400, xt=0.2):
     """log q(x_s | x_t) on the line, for s = t − steps, and the Gaussian of the same mean and variance."""
-    a, v = chain.transition(t - steps, t)  # x_t given x_s has mean a·x_s and variance v
-    log_q = two.log_prob(line[:, None], chain, t - steps) - (xt - a * line) ** 2 / (2 * v)
+    shrink, v = chain.transition(t - steps, t)  # x_t given x_s has mean shrink·x_s and variance v
+    log_q = two.log_prob(line[:, None], chain, t - steps) - (xt - shrink * line) ** 2 / (2 * v)
     log_q = log_q - torch.trapezoid(log_q.exp(), line).log()
     mean = torch.trapezoid(log_q.exp() * line, line)
     std = torch.trapezoid(log_q.exp() * (line - mean) ** 2, line).sqrt()
@@ -309,8 +317,9 @@ claim("400 steps back it is not (KL above 0.5 nats)", kl(*exact_and_gaussian(400
 widgets.explore(back, steps=([1, 10, 30, 100, 200, 300, 350, 400], 400))
 
 # %% [markdown]
-# All 400 steps back the answer has two humps, and no Gaussian fits. One step back the two curves are the same line. In this simple world 30 steps at once would still do. The
-# finer the data, the smaller the steps have to be, and this is why diffusion takes many: **each is so small that a Gaussian is the right model for it.**
+# All 400 steps back the answer has two humps, and no Gaussian fits. One step back the two curves are the same line; from here, 30 steps at once would still do. The
+# finer the data, the smaller the steps have to be, and this is why diffusion takes many. **Averaged over $x_t$, a Gaussian is a very good model of each small step, and exact in the limit $\beta_t\to 0$.** (At
+# rare places, between the humps and near the data, even one step is not Gaussian.)
 
 # %% [markdown]
 # ### 3.2 The posterior: one step back when $x_0$ is known
@@ -324,18 +333,18 @@ widgets.explore(back, steps=([1, 10, 30, 100, 200, 300, 350, 400], 400))
 #
 # $$\frac{(x_t-\sqrt{\alpha_t}\,x_{t-1})^2}{\beta_t} + \frac{(x_{t-1}-\sqrt{\bar\alpha_{t-1}}\,x_0)^2}{1-\bar\alpha_{t-1}} - \frac{(x_t-\sqrt{\bar\alpha_t}\,x_0)^2}{1-\bar\alpha_t}.$$
 #
-# This is quadratic in $x_{t-1}$, so the left side is a Gaussian: the expression must equal $(x_{t-1}-\tilde\mu_t)^2/\tilde\beta_t$ for some $\tilde\mu_t$ and $\tilde\beta_t$. Compare what stands
-# with $x_{t-1}^2$ and with $x_{t-1}$:
+# This is quadratic in $x_{t-1}$, so the left side is a Gaussian: up to a term without $x_{t-1}$, the expression is $(x_{t-1}-\tilde\mu_t)^2/\tilde\beta_t$ for some $\tilde\mu_t$ and $\tilde\beta_t$. Compare what stands
+# with $x_{t-1}^2$ and with $x_{t-1}$, for $t\ge 2$:
 #
 # $$\frac{1}{\tilde\beta_t} = \frac{\alpha_t}{\beta_t}+\frac{1}{1-\bar\alpha_{t-1}},\qquad
 #   \frac{\tilde\mu_t}{\tilde\beta_t} = \frac{\sqrt{\alpha_t}}{\beta_t}\,x_t+\frac{\sqrt{\bar\alpha_{t-1}}}{1-\bar\alpha_{t-1}}\,x_0.$$
 #
-# With $\alpha_t\bar\alpha_{t-1} = \bar\alpha_t$ this becomes
+# *(In the slide text the second coefficient lacks $x_0$.)* With $\alpha_t\bar\alpha_{t-1} = \bar\alpha_t$ this becomes
 #
 # $$\tilde\mu_t = \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t + \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\,x_0,\qquad
 #   \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t.$$
 #
-# Did the constant come out right as well? A computer algebra system finds that nothing is left over:
+# At $t = 1$ read it as the limit: $x_0$, with variance 0. And the term without $x_{t-1}$? A computer algebra system finds that nothing is left over:
 
 # %%
 X0, XS, XT = sympy.symbols("x_0 x_s x_t", real=True)  # XS stands for x_{t−1}, abar for ᾱ_{t−1}
@@ -351,19 +360,19 @@ claim("the square is complete, with remainder 0", sympy.simplify(left - (XS - mu
 
 # %%
 t, xt_value, x0_value = 300, 0.4, -0.7
-likelihood = torch.distributions.Normal((1 - chain.betas[t]).sqrt() * line, chain.betas[t].sqrt()).log_prob(torch.tensor(xt_value))
+likelihood = torch.distributions.Normal((1 - chain.betas[t]).sqrt() * line, chain.betas[t].sqrt()).log_prob(torch.tensor(xt_value, dtype=torch.float64))
 prior = torch.distributions.Normal(chain.alpha(t - 1) * x0_value, chain.sigma(t - 1)).log_prob(line)
 bayes = (likelihood + prior).exp()
 bayes = bayes / torch.trapezoid(bayes, line)
 mean = torch.trapezoid(bayes * line, line)
 var = torch.trapezoid(bayes * (line - mean) ** 2, line)
-formula = chain.posterior(torch.tensor([xt_value]).double(), torch.tensor([x0_value]).double(), s=t - 1, t=t)
+formula = chain.posterior(torch.tensor([xt_value], dtype=torch.float64), torch.tensor([x0_value], dtype=torch.float64), s=t - 1, t=t)
 claim("posterior mean: formula = brute force, to 1e-8", abs(formula[0].item() - mean) < 1e-8)
 claim("posterior variance: formula = brute force, to 1e-8", abs(formula[1].item() - var) < 1e-8)
 
 # %% [markdown]
-# What does $\tilde\mu_t$ say? It is a mixture of where we are, $x_t$, and where we want to go, $x_0$. At $t = 1$ it is $x_0$ itself, and $\tilde\beta_1 = 0$: at the last step
-# nothing is left to chance.
+# What does $\tilde\mu_t$ say? It is a weighted sum of where we are, $x_t$, and where we want to go, $x_0$. At $t = 1$ it is $x_0$ itself, and $\tilde\beta_1 = 0$: given $x_0$,
+# nothing is left to chance at the last step.
 
 # %%
 t = torch.arange(1, 1001)
@@ -379,7 +388,7 @@ plots.curves(t[:60], weights, "t", "weight in the posterior mean");
 # ### 3.3 Let the network guess the noise
 #
 # When we sample, nobody tells us $x_0$. So a network guesses it, and the guess goes into $\tilde\mu_t$. The network may guess $x_0$, or equally well the noise
-# $\epsilon$ that is in $x_t$, for each gives the other: $x_0 = (x_t-\sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$. DDPM lets it guess the noise, $\epsilon_\theta(x_t, t)$. One network serves
+# $\epsilon$ that is in $x_t$, for, given $x_t$ and while $\bar\alpha_t > 0$, each gives the other: $x_0 = (x_t-\sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$. DDPM lets it guess the noise, $\epsilon_\theta(x_t, t)$. One network serves
 # all $t$: the time is one of its inputs. Put into $\tilde\mu_t$, the guess gives
 #
 # $$\mu_\theta(x_t, t) = \frac{1}{\sqrt{\alpha_t}}\Bigl(x_t - \frac{1-\alpha_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon_\theta(x_t, t)\Bigr).$$
@@ -402,7 +411,7 @@ claim("the posterior mean in terms of the noise", sympy.simplify(mu_tilde.subs(X
 #
 # $$-\log p_\theta(x_0) \le \mathbb E_{q(x_{1:T}\mid x_0)}\bigl[\log q(x_{1:T}\mid x_0) - \log p_\theta(x_{0:T})\bigr].$$
 #
-# Now turn each forward factor round by Bayes' rule, for $t\ge 2$: $q(x_t\mid x_{t-1}) = q(x_{t-1}\mid x_t, x_0)\,q(x_t\mid x_0)/q(x_{t-1}\mid x_0)$. In the product over $t$ the marginals
+# Equality holds if $p_\theta(x_{1:T}\mid x_0) = q(x_{1:T}\mid x_0)$. *(The slide text reads <.)* The right side is $-$ELBO. Now turn each forward factor round by Bayes' rule, for $t\ge 2$: $q(x_t\mid x_{t-1}) = q(x_{t-1}\mid x_t, x_0)\,q(x_t\mid x_0)/q(x_{t-1}\mid x_0)$. In the product over $t$ the marginals
 # cancel, all but the last, and the bound falls into three parts:
 #
 # $$\mathbb E_q\Bigl[\underbrace{D_{KL}\bigl(q(x_T\mid x_0)\,\Vert\,p(x_T)\bigr)}_{L_T}
@@ -410,7 +419,7 @@ claim("the posterior mean in terms of the noise", sympy.simplify(mu_tilde.subs(X
 #
 # - $L_T$ has no parameters, and it is about 0 because the chain ends in noise.
 # - $L_{t-1}$ compares two Gaussians: the posterior, which knows $x_0$, and the model, which does not.
-# - $L_0$ is the last step to the data. It needs care, for $\tilde\beta_1 = 0$; below it is treated like every other step.
+# - $L_0$ is the last step to the data. As $\tilde\beta_1 = 0$, it needs another variance, $\sigma_1^2 = \beta_1$.
 #
 # Let both Gaussians in $L_{t-1}$ have the variance $\tilde\beta_t$. (This is a choice, $\Sigma_\theta = \tilde\beta_t$.) Then their KL divergence is the squared distance of their means over $2\tilde\beta_t$. Both
 # means have the form of section 3.3, one with $\epsilon$ and one with $\epsilon_\theta$, so they differ by
@@ -424,7 +433,8 @@ factor = (1 - a) / (sympy.sqrt(a) * sympy.sqrt(1 - abar_t))
 claim("the means differ by the error of the noise alone", sympy.simplify(difference - factor * (eps_guess - eps_true)) == 0)
 
 # %% [markdown]
-# Now in numbers, with a network that is wrong on purpose: it says 0.9 times the true noise.
+# This holds for every $t\ge 2$, $x_0$ and $\epsilon$, without an average. With another variance $\Sigma_\theta = \sigma_t^2 I$ the weight is $\beta_t^2/(2\sigma_t^2\alpha_t(1-\bar\alpha_t))$, and a constant without $\theta$ is
+# added. Now in numbers, with a network that is wrong on purpose: it says 0.9 times the true noise.
 
 # %%
 t = 300
@@ -446,7 +456,7 @@ claim("and the course's bound_term is the same number", torch.allclose(term, exa
 #
 # $$L_{simple} = \mathbb E_{\,t\sim\mathrm{Uniform}\{1,\dots,T\},\ x_0,\ \epsilon}\ \bigl\lVert\epsilon-\epsilon_\theta\bigl(\sqrt{\bar\alpha_t}\,x_0+\sqrt{1-\bar\alpha_t}\,\epsilon,\ t\bigr)\bigr\rVert^2$$
 #
-# How much was dropped?
+# *(The slide text reads Uniform(0, T). The sum over $t$ in the bound is $T$ times a mean over $1,\dots,T$.)* The code divides by the number of values as well, which moves no minimum. How much was dropped?
 
 # %%
 t = torch.arange(2, 1001)
@@ -484,13 +494,13 @@ def algorithm_1(network, path, points, steps, generator):
 
 # %%
 torch.manual_seed(0)
-moons = 1.2 * toy.two_moons(20_000, g)  # a variance of about 1
+moons = 1.2 * toy.two_moons(20_000, g)  # variances 1.1 and 0.4
 short = DiscretePath(linear_betas(200))
 claim("a hundred steps of Algorithm 1 beat the answer 0, whose loss is 1", algorithm_1(nets.MLP(dim=2), short, moons, 100, g) < 0.6)
 
 # %% [markdown]
 # It works. `training.fit` is the same loop with what one wants in practice: a progress bar, stop and resume, a learning rate that rises and falls, and `ema`, a running average of the
-# weights, which draws better than the weights themselves. It calls `watch` from time to time, and there we draw from the model. *Which will it learn first: the overall shape of the cloud, or the gap
+# weights, which as a rule draws better than the weights themselves. It calls `watch` from time to time, and there we draw from the model. *Which will it learn first: the overall shape of the cloud, or the gap
 # between the moons?*
 
 # %%
@@ -520,7 +530,7 @@ smooth = torch.tensor(trained.losses).unfold(0, 50, 50).mean(1)
 plots.curves(50 * torch.arange(1, len(smooth) + 1), {"loss": smooth}, "training step", "mean of 50 losses");
 
 # %% [markdown]
-# It falls fast, then hardly moves, and stays far from 0. $x_t$ mixes data and noise, and even the ideal network cannot take them apart again.
+# It falls fast, then hardly moves, and stays far from 0. $x_t$ mixes data and noise, and even the ideal network cannot take them apart again: its loss here is about 0.20.
 
 # %% [markdown]
 # ## 6. Sampling
@@ -528,7 +538,7 @@ plots.curves(50 * torch.arange(1, len(smooth) + 1), {"loss": smooth}, "training 
 # > **Algorithm 2, Sampling.** Draw $x_T\sim\mathcal N(0, I)$. For $t = T,\dots,1$: draw $z\sim\mathcal N(0, I)$ if $t>1$, else $z = 0$;
 # > $x_{t-1} = \frac{1}{\sqrt{\alpha_t}}\bigl(x_t-\frac{1-\alpha_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon_\theta(x_t,t)\bigr)+\sigma_t z$. Return $x_0$.
 #
-# Here $\sigma_t^2 = \Sigma_\theta$ is the variance of one reverse step, not the `chain.sigma` of the noise in $x_t$. Below it is $\beta_t$. Algorithm 2 word by word, and the sampler of the course, which works
+# Here $\sigma_t^2 I = \Sigma_\theta$ is the variance of one reverse step, not the `chain.sigma` of the noise in $x_t$. Below it is $\beta_t$. Algorithm 2 word by word, and the sampler of the course, which works
 # with $\hat x_0$ in place of $\epsilon_\theta$ and takes the same steps:
 
 # %%
@@ -545,7 +555,7 @@ def algorithm_2(network, path, x, generator):
 
 by_the_slide = algorithm_2(trained.ema.net, short, start, torch.Generator().manual_seed(2))
 states = list(samplers.ddpm(trained.ema, short, start, short.times(200), generator=torch.Generator().manual_seed(2)))
-claim("Algorithm 2 and the course's sampler walk the same way", torch.allclose(by_the_slide, states[-1], atol=1e-3))
+claim("Algorithm 2 and the course's sampler end at the same points", torch.allclose(by_the_slide, states[-1], atol=1e-4))
 
 # %%
 shown = [200, 80, 50, 30, 15, 0]
@@ -579,21 +589,21 @@ claim("the slide text's line loses at least 0.4 of it", blur(x) < 0.6 * 0.25)
 plots.overlay(right, x, labels=["Algorithm 2", "slide text"]);
 
 # %% [markdown]
-# The line jumps to $\hat x_0$, the *mean* of all clean points that fit, and pretends that this is $x_{t-1}$. It draws averages. On images they would be
-# too smooth.
+# The line jumps to $\hat x_0$, the *mean* of all clean points that fit, and pretends that this is $x_{t-1}$. Each step draws an
+# average, and more than half of the blur is gone. On images we expect pictures that are too smooth.
 #
-# **Which variance?** One slide sets $\Sigma_\theta$ to the upper bound $\beta_t$, a later one to $\tilde\beta_t$. The best choice lies between them: $\tilde\beta_t$ if the data were a single point, so that $x_0$ is known;
-# $\beta_t$ if they were $\mathcal N(0, I)$. Section 4 took the lower end, Algorithm 2 above the upper. With many steps they differ only near the data, and both work.
+# **Which variance?** One slide sets $\Sigma_\theta$ to the upper bound $\beta_t$, a later one to $\tilde\beta_t$. Averaged over $x_t$, and for data whose coordinates have variance at most 1, the best constant lies between them: $\tilde\beta_t$ if the data
+# were a single point, so that $x_0$ is known; $\beta_t$ if they were $\mathcal N(0, I)$. At a single $x_t$ the true variance may exceed $\beta_t$. Section 4 took the lower end, Algorithm 2 above the upper. With many steps they differ only near the data, and both work.
 
 # %%
 with_posterior = samplers.last(samplers.ddpm(trained.ema, short, start, short.times(200), variance="posterior", generator=g))
 for name, drawn in {"β": states[-1], "β̃": with_posterior}.items():
     gap = torch.cdist(moons[:5000], drawn)
-    claim(f"{name}: on average a data point has a sample within 0.08", gap.min(dim=1).values.mean() < 0.08)
-    claim(f"{name}: on average a sample has a data point within 0.08", gap.min(dim=0).values.mean() < 0.08)
+    claim(f"{name}: on average a data point has a sample within 0.045", gap.min(dim=1).values.mean() < 0.045)
+    claim(f"{name}: on average a sample has a data point within 0.03", gap.min(dim=0).values.mean() < 0.03)
 t = torch.arange(1, 201)
 ratio = short.bridge(t - 1, t)[2] / short.betas[t]
-claim("β̃/β is 0 at t = 1 and above 0.9 from t = 20 on", ratio[0] == 0 and ratio[19:].min() > 0.9)
+claim("T = 200: β̃/β is 0 at t = 1 and above 0.9 from t = 20 on", ratio[0] == 0 and ratio[19:].min() > 0.9)
 plots.curves(t, {"β̃ / β": ratio}, "t", "ratio of the two variances", logx=True);
 
 # %% [markdown]
@@ -612,8 +622,8 @@ print("train it again:", card["recipe"])
 # Three things are new.
 #
 # - **The path.** The model was trained on the *cosine path*, where $\alpha(t) = \cos(\pi t/2)$ and $\sigma(t) = \sin(\pi t/2)$ for $t$ from 0 to 1. Read $\alpha(t)$ as $\sqrt{\bar\alpha_t}$ and $\sigma(t)$ as
-#   $\sqrt{1-\bar\alpha_t}$, and all formulas stay. For a step from $t$ to an earlier $s$, write $\alpha(t)^2/\alpha(s)^2$ where $\alpha_t$ stood. So any descending list of times is a chain, and we choose its length when we draw.
-# - **What it predicts.** Not $\epsilon$ but $v = \alpha(t)\,\epsilon - \sigma(t)\,x_0$. Given $x_t$, each of $x_0$, $\epsilon$ and $v$ gives the others, except at $t = 1$. There $x_t = \epsilon$, so predicting the noise is no task and says
+#   $\sqrt{1-\bar\alpha_t}$, and the formulas in $\hat x_0$ stay. (Those in $\epsilon$ divide by $\alpha$, which is 0 at $t = 1$.) For a step from $t$ to an earlier $s$, write $\alpha(t)^2/\alpha(s)^2$ where $\alpha_t$ stood. So any descending list of times is a chain, and we choose its length when we draw.
+# - **What it predicts.** Not $\epsilon$ but $v = \alpha(t)\,\epsilon - \sigma(t)\,x_0$. Given $x_t$, each of $x_0$, $\epsilon$ and $v$ gives the others, except at the ends. At $t = 1$ $x_t = \epsilon$, so predicting the noise is no task and says
 #   nothing about $x_0$; but $v = -x_0$.
 # - **The class.** The network is told the label $y$. One label in ten was replaced by the number 10, "no label", while it learned, so it can also draw without one.
 
@@ -662,7 +672,7 @@ def judge(images):
 
 
 claim("the judge is right on at least 9 of 10 test images", (judge(digits[:500]) == labels[:500]).float().mean() > 0.9)
-claim("at least 36 of the 40 digits are what was asked for", (judge(states[-1]) == asked).sum() >= 36)
+claim("at least 32 of the 40 digits are what was asked for", (judge(states[-1]) == asked).sum() >= 32)
 
 # %% [markdown]
 # Now the way back of two of them: above, the state $x_t$; below, the network's guess $\hat x_0$ at that moment. *When is it decided how the digit is written?*
@@ -685,16 +695,16 @@ plots.animate([x[::2] for x in states], times=times.tolist(), seconds=6)
 # ## 8. Recap
 #
 # - The forward process adds noise in small steps. It has a closed form, so training jumps to any $t$ at once.
-# - One step back is nearly Gaussian because it is small. Given $x_0$ it is exactly Gaussian, with mean $\tilde\mu_t$ and variance $\tilde\beta_t$.
-# - The network's guess takes the place of $x_0$. Each term of the bound becomes a squared error of the noise, and DDPM drops the weights.
+# - One step back is nearly Gaussian, on average and for small $\beta_t$. Given $x_0$ it is exactly Gaussian, with mean $\tilde\mu_t$ and variance $\tilde\beta_t$.
+# - The network's guess takes the place of $x_0$. With $\Sigma_\theta$ fixed, each $L_{t-1}$ becomes a squared error of the noise, and DDPM drops the weights.
 # - Algorithm 1: add noise, guess it, square the error. Algorithm 2: guess, step back, add a little noise, again.
 #
 # **Pitfalls**
 #
-# - $\beta$ or $\sqrt\beta$? A variance or a deviation? Most wrong diffusion code mixes these up, and still draws something.
+# - $\beta$ or $\sqrt\beta$? A variance or a deviation? A common slip, and the code still draws something.
 # - $\alpha_t$ (one step) is not $\bar\alpha_t$ (all steps so far). The slide text of Algorithm 2 shows how easily the bar slips in.
 # - No noise at the last step: $z = 0$ at $t = 1$.
-# - $\bar\alpha_0 = 1$ belongs in the table. Code that starts its table at $\bar\alpha_1$ needs a special case in every formula, and forgets one.
+# - $\bar\alpha_0 = 1$ belongs in the table. Code that starts its table at $\bar\alpha_1$ needs a special case in every formula with $\bar\alpha_{t-1}$.
 # - With another number of steps, scale $\beta$: $\bar\alpha_T$ must stay near 0.
 #
 # **References**
