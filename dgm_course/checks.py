@@ -37,7 +37,8 @@ def show_source(kernel) -> None:
         kernel: A function, method or class of the course.
 
     Example:
-        >>> show_source(claim)  # doctest: +SKIP
+        >>> show_source(claim)
+        <IPython.core.display.Markdown object>
     """
     from IPython.display import Markdown, display
 

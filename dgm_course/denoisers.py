@@ -27,6 +27,7 @@ class Denoiser(nn.Module):
         | Slide "we can further parameterize the model to predict the noise instead"; Salimans & Ho (2022), section 4
 
     Example:
+        >>> import torch
         >>> from dgm_course.paths import Straight
         >>> d = Denoiser(lambda xt, t: torch.zeros_like(xt), Straight(), predicts="eps")
         >>> d(torch.ones(1, 2), 0.5)
@@ -78,6 +79,7 @@ def clipped(d: Callable, low: float = -1.0, high: float = 1.0) -> Callable:
         ValueError: If low ≥ high.
 
     Example:
+        >>> import torch
         >>> clipped(lambda xt, t: 3 * xt)(torch.tensor([[0.1, 2.0]]), 0.5)
         tensor([[0.3000, 1.0000]])
     """

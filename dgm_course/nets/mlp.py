@@ -20,6 +20,7 @@ class MLP(nn.Module):
         xt (B, dim), t (B,) in [0, 1], y (B,) int64 or None → (B, dim).
 
     Example:
+        >>> import torch
         >>> MLP(2)(torch.zeros(3, 2), torch.zeros(3)).shape
         torch.Size([3, 2])
     """
