@@ -60,7 +60,9 @@ def main() -> None:
                 measured.append((mine, seconds(theirs, scheduler, x, net)))
             mine, other = (1e6 * statistics.median(column) for column in zip(*measured, strict=True))
             noise = 1e6 * draw if name == "DDPM" else 0.0
-            table.add_row(name, given, f"{mine:.1f}", f"{noise:.1f}", f"{other:.1f}", f"{(other - noise) / (mine - noise):.1f}")
+            table.add_row(
+                name, given, f"{mine:.1f}", f"{noise:.1f}", f"{other:.1f}", f"{(other - noise) / (mine - noise):.1f}"
+            )
     Console().print(table)
 
 

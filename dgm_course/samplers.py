@@ -1,8 +1,8 @@
 r"""Samplers: plain functions of (denoiser, path, x, times) that return the states on the way from noise to data.
 
-Every solver here moves by :math:`x_s = \text{keep}\cdot x_t + \text{pull}\cdot\hat x_0 + \text{std}\cdot z`. The coefficients
-depend on the path and the grid of times alone, so they are worked out once, in float64; what is left for a step is a
-multiplication and an addition.
+`ddpm` and `ddim` move by :math:`x_s = \text{keep}\cdot x_t + \text{pull}\cdot\hat x_0 + \text{std}\cdot z`; the second-order solvers
+draw no noise and add one more x̂_0. The coefficients depend on the path and the grid of times alone, so they are worked out
+once, in float64; what is left for a step is a multiplication and an addition.
 """
 
 import math

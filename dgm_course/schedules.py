@@ -26,7 +26,7 @@ def constant_betas(T: int = 1000, beta: float = 0.01) -> Tensor:
     r"""The same noise in every step, :math:`\beta_t = \beta\cdot 1000/T`.
 
     Source:
-        | Slide "Noise schedule"; Ho et al. (2020), section 4
+        | Slide "Noise schedule"; Ho et al. (2020), appendix B
 
     Example:
         >>> constant_betas(500).unique().tolist()
@@ -63,7 +63,7 @@ def quadratic_betas(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> T
     r"""Even steps of :math:`\sqrt{\beta_t}`: less noise early than the linear schedule between the same ends.
 
     Source:
-        | Slide "Noise schedule"; Ho et al. (2020), section 4
+        | Slide "Noise schedule"; Ho et al. (2020), appendix B
 
     Example:
         >>> quadratic_betas(1000)[[0, -1]].tolist()
