@@ -104,7 +104,7 @@ def ddpm(
     """
     times = _start(path, x, times)
     drawn = callable(variance)
-    table = _table(times, _ddpm_coefficients(path, times[:-1], times[1:], "beta" if drawn else variance))
+    table = _table(x, times, _ddpm_coefficients(path, times[:-1], times[1:], "beta" if drawn else variance))
 
     def states(x):
         for t, s, keep, pull, std in table:
@@ -183,7 +183,7 @@ def ddim(
         [(4, 2), (4, 2)]
     """
     times = _start(path, x, times)
-    table = _table(times, _ddim_coefficients(path, times[:-1], times[1:], eta))
+    table = _table(x, times, _ddim_coefficients(path, times[:-1], times[1:], eta))
 
     def states(x):
         for t, _s, keep, pull, std in table:
@@ -239,7 +239,7 @@ def heun(denoiser: Callable, path: GaussianPath, x: Tensor, times) -> Iterator[T
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), Algorithm 1
     """
     times = _start(path, x, times)
-    table = _table(times, _heun_coefficients(path, times[:-1], times[1:]))
+    table = _table(x, times, _heun_coefficients(path, times[:-1], times[1:]))
 
     def states(x):
         for row in table:
@@ -324,7 +324,7 @@ def dpm_solver_pp_2m(denoiser: Callable, path: GaussianPath, x: Tensor, times) -
     times = _start(path, x, times)
     first = _dpm_solver_pp_2m_coefficients(path, times[:1], times[1:2], None)
     later = _dpm_solver_pp_2m_coefficients(path, times[1:-1], times[2:], times[:-2])
-    table = _table(times, [torch.cat(pair) for pair in zip(first, later, strict=True)])
+    table = _table(x, times, [torch.cat(pair) for pair in zip(first, later, strict=True)])
 
     def states(x):
         x0_before = None
@@ -368,10 +368,15 @@ def _start(path: GaussianPath, x: Tensor, times) -> Tensor:
     return times
 
 
-def _table(times: Tensor, coefficients) -> list[tuple]:
-    """A row (t, s, keep, …) for each step: Python floats, but `keep` a 0-d tensor, by which it is faster to multiply."""
+def _table(x: Tensor, times: Tensor, coefficients) -> list[tuple]:
+    """A row (t, s, keep, …) for each step: Python floats, but `keep` a 0-d tensor of x's dtype, faster to multiply by."""
     keep, *others = coefficients
-    columns = [times[:-1].tolist(), times[1:].tolist(), keep.unbind(), *(column.tolist() for column in others)]
+    columns = [
+        times[:-1].tolist(),
+        times[1:].tolist(),
+        keep.to(x.dtype).unbind(),
+        *(column.tolist() for column in others),
+    ]
     return list(zip(*columns, strict=True))
 
 

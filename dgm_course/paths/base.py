@@ -274,7 +274,7 @@ class GaussianPath:
             >>> Straight().convert(torch.zeros(1), torch.ones(1), 0.5, given="eps", to="x0").item()
             2.0
         """
-        known = self._conversions.get((given, to), {}).get(t)
+        known = self._conversions.get((given, to, xt.dtype), {}).get(t)
         if known and xt.shape == value.shape:
             return xt.mul(known[0]).add_(value, alpha=known[1])
         same_shape(xt=xt, value=value)
@@ -283,7 +283,7 @@ class GaussianPath:
                 raise ValueError(f"{name} must be one of {', '.join(QUANTITIES)}; got {asked!r}")
         if given == to:
             return value
-        if t in self._units and self._remember(given, to, t):
+        if t in self._units and self._remember(given, to, xt.dtype, t):
             return self.convert(value, xt, t, given, to)
         t = self._time(t)
         p, q = self._conversion(t, given, to)
@@ -304,13 +304,14 @@ class GaussianPath:
             p, q = 0 * sigma, r2 / g2
         return p, q
 
-    def _remember(self, given: str, to: str, t: float) -> bool:
+    def _remember(self, given: str, to: str, dtype: torch.dtype, t: float) -> bool:
         """Keep `_conversion` of the whole grid, where there is an answer; p as a 0-d tensor, faster to multiply by."""
-        if (given, to) not in self._conversions:
+        key = given, to, dtype
+        if key not in self._conversions:
             p, q = self._conversion(self._grid, given, to)
-            rows = zip(self._grid.tolist(), p.unbind(), q.tolist(), (p + q).isfinite().tolist(), strict=True)
-            self._conversions[given, to] = {t: (p, q) for t, p, q, good in rows if good}
-        return t in self._conversions[given, to]
+            rows = zip(self._grid.tolist(), p.to(dtype).unbind(), q.tolist(), (p + q).isfinite().tolist(), strict=True)
+            self._conversions[key] = {t: (p, q) for t, p, q, good in rows if good}
+        return t in self._conversions[key]
 
     def _form(self, name: str, t: Tensor) -> tuple[Tensor, Tensor]:
         """The (r_1, r_2) of a quantity r_1·x_0 + r_2·ε."""
