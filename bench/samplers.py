@@ -1,7 +1,8 @@
 """What a sampler adds to the network: microseconds for a step on 16×1×28×28, one thread, beside diffusers in the same run.
 
 The network is replaced by one that returns a tensor it already has, so that what is left is the work of the sampler and
-of the conversion where the network predicts ε and not x_0. Rounds alternate between the two libraries; medians are printed.
+of the conversion where the network predicts ε and not x_0. What is done once for a run, the tables here and `set_timesteps`
+there, is timed apart. Rounds alternate between the two libraries; medians are printed.
 """
 
 import statistics
@@ -20,20 +21,16 @@ from dgm_course.schedules import linear_betas
 STEPS, ROUNDS = 50, 21
 
 
-def ours(sampler, path, x, times, denoiser) -> None:
-    samplers.last(sampler(denoiser, path, x, times))
-
-
 @torch.no_grad()
 def theirs(scheduler, x, net) -> None:
     for t in scheduler.timesteps:
         x = scheduler.step(net(x, t), t, x).prev_sample
 
 
-def seconds(run, *args) -> float:
+def micros(run, *args, per: int = STEPS) -> float:
     began = time.perf_counter()
     run(*args)
-    return (time.perf_counter() - began) / STEPS
+    return 1e6 * (time.perf_counter() - began) / per
 
 
 def main() -> None:
@@ -46,23 +43,26 @@ def main() -> None:
         "DDIM": (samplers.ddim, DDIMScheduler, {"clip_sample": False}),
         "DPM-Solver++(2M)": (samplers.dpm_solver_pp_2m, DPMSolverMultistepScheduler, {"final_sigmas_type": "zero"}),
     }
-    table = Table("sampler", "given", "ours, µs", "of it noise, µs", "diffusers, µs", "ratio without noise")
-    draw = statistics.median(seconds(lambda: [torch.randn(x.shape) for _ in range(STEPS)]) for _ in range(ROUNDS))
+    table = Table(
+        "sampler", "given", "ours", "of it noise", "diffusers", "ratio without noise", "set-up ours", "theirs"
+    )
+    table.title = f"µs for a step of {STEPS}, and for the set-up of a run"
+    draw = statistics.median(micros(lambda: [torch.randn(x.shape) for _ in range(STEPS)]) for _ in range(ROUNDS))
     for name, (sampler, scheduler_class, options) in kinds.items():
         for given, theirs_given in {"x0": "sample", "eps": "epsilon"}.items():
             scheduler = scheduler_class(trained_betas=betas.float().numpy(), prediction_type=theirs_given, **options)
-            measured = []
+            rounds = []
             for _ in range(ROUNDS):
                 path = DiscretePath(betas)
                 denoiser = net if given == "x0" else Denoiser(net, path, predicts=given)
-                mine = seconds(ours, sampler, path, x, path.times(STEPS), denoiser)
-                scheduler.set_timesteps(STEPS)
-                measured.append((mine, seconds(theirs, scheduler, x, net)))
-            mine, other = (1e6 * statistics.median(column) for column in zip(*measured, strict=True))
-            noise = 1e6 * draw if name == "DDPM" else 0.0
-            table.add_row(
-                name, given, f"{mine:.1f}", f"{noise:.1f}", f"{other:.1f}", f"{(other - noise) / (mine - noise):.1f}"
-            )
+                began = micros(sampler, denoiser, path, x, path.times(STEPS), per=1)
+                mine = micros(samplers.last, sampler(denoiser, path, x, path.times(STEPS)))
+                set_up = micros(scheduler.set_timesteps, STEPS, per=1)
+                rounds.append((mine, micros(theirs, scheduler, x, net), began, set_up))
+            mine, other, began, set_up = (statistics.median(column) for column in zip(*rounds, strict=True))
+            noise = draw if name == "DDPM" else 0.0
+            ratio = (other - noise) / (mine - noise)
+            table.add_row(name, given, *(f"{value:.1f}" for value in (mine, noise, other, ratio, began, set_up)))
     Console().print(table)
 
 
