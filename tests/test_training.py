@@ -52,7 +52,7 @@ def stopping(signum: int, at: int = STOP):
 
     def draw(step: int) -> dict:
         if step == at:
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)
         return line(step)
 
     return draw
@@ -136,7 +136,7 @@ def test_ctrl_c_in_the_loss(tmp_path, whole):
 
     def interrupted(model, x, target):
         if torch.equal(x, line(STOP)["x"]):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return square(model, x, target)
 
     with pytest.raises(KeyboardInterrupt, match=f"after step {STOP + 1} of"):
@@ -153,7 +153,7 @@ def test_ctrl_c_while_watching(at, tmp_path):
     def watch(done):
         torch.rand(5)
         if done.step == at:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     def count(step):
         ran.append(step)
@@ -660,7 +660,7 @@ def two_processes(folder: str) -> None:
 
     def draw(step):
         if step == STOP and rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return precise(step)
 
     try:

@@ -530,7 +530,7 @@ smooth = torch.tensor(trained.losses).unfold(0, 50, 50).mean(1)
 plots.curves(50 * torch.arange(1, len(smooth) + 1), {"loss": smooth}, "training step", "mean of 50 losses");
 
 # %% [markdown]
-# It falls fast, then hardly moves, and stays far from 0. $x_t$ mixes data and noise, and even the ideal network cannot take them apart again: its loss here is about 0.20.
+# It falls fast, then hardly moves, and stays far from 0. $x_t$ mixes data and noise, and even the ideal network cannot take them apart again: its loss here is about 0.2.
 
 # %% [markdown]
 # ## 6. Sampling
