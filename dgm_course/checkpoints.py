@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
+from torch import nn
 
 from dgm_course import nets, paths
 from dgm_course.denoisers import Denoiser
@@ -28,8 +29,10 @@ def names() -> list[str]:
     return sorted(card.stem for card in FOLDER.glob("*.json"))
 
 
-def load(name: str, folder: str | Path = FOLDER) -> Denoiser:
+def load(name: str, folder: str | Path = FOLDER) -> Denoiser | nn.Module:
     """A trained denoiser in eval mode, float32, with its path as `.path` and its card as `.card`.
+
+    A classifier has no path: it comes as the network itself, with its card.
 
     Arguments:
         name: One of `names()`.
@@ -49,7 +52,7 @@ def load(name: str, folder: str | Path = FOLDER) -> Denoiser:
     file = folder / f"{name}.safetensors"
     try:
         card = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        denoiser, expected = build(card), card["sha256"]
+        model, expected = build(card), card["sha256"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / name}.json describes no checkpoint: {type(error).__name__}, {error}") from error
     if not file.is_file():
@@ -59,25 +62,28 @@ def load(name: str, folder: str | Path = FOLDER) -> Denoiser:
     if found != expected:
         raise ValueError(f"{file} is damaged: its SHA-256 is {found[:12]}…, its card says {expected[:12]}…")
     try:
-        denoiser.net.load_state_dict(read_tensors(content))
+        _net(model).load_state_dict(read_tensors(content))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{file} does not hold the network that its card describes: {error}") from error
-    denoiser.card = card
-    return denoiser.eval().requires_grad_(False)
+    model.card = card
+    return model.eval().requires_grad_(False)
 
 
-def build(card: dict) -> Denoiser:
-    """The denoiser that a card describes, with fresh weights.
+def build(card: dict) -> Denoiser | nn.Module:
+    """The denoiser that a card describes, or the classifier if it says what it `"classifies"`, with fresh weights.
 
     A card names the class and the settings of the network, `"net": {"class": "UNet", …}`, and likewise of the path.
     """
-    net, path = dict(card["net"]), dict(card["path"])
+    net = dict(card["net"])
     net = getattr(nets, net.pop("class"))(**net)
+    if "classifies" in card:
+        return net
+    path = dict(card["path"])
     path = getattr(paths, path.pop("class"))(**path)
     return Denoiser(net, path, predicts=card["predicts"])
 
 
-def save(name: str, denoiser: Denoiser, card: dict, folder: str | Path) -> None:
+def save(name: str, model: Denoiser | nn.Module, card: dict, folder: str | Path) -> None:
     """Write `<name>.safetensors`, in float16, and `<name>.json`, which is the card and the hash of the weights.
 
     Raises:
@@ -85,14 +91,18 @@ def save(name: str, denoiser: Denoiser, card: dict, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.to("cpu", torch.float16).contiguous() for key, value in denoiser.net.state_dict().items()}
+    tensors = {key: value.to("cpu", torch.float16).contiguous() for key, value in _net(model).state_dict().items()}
     for key, value in tensors.items():
         if not value.isfinite().all():
-            raise ValueError(f"denoiser: its weight {key} is not finite in float16")
+            raise ValueError(f"model: its weight {key} is not finite in float16")
     content = write_tensors(tensors)
     card = {**card, "sha256": hashlib.sha256(content).hexdigest()}
     _replace(folder / f"{name}.safetensors", content)
     _replace(folder / f"{name}.json", (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _net(model: Denoiser | nn.Module) -> nn.Module:
+    return model.net if isinstance(model, Denoiser) else model
 
 
 def _replace(file: Path, content: bytes) -> None:

@@ -102,7 +102,7 @@ def ddpm(
         >>> last(states).unique()
         tensor([1.])
     """
-    times = _start(path, x, times)
+    times = checked_grid(path, x, times)
     drawn = callable(variance)
     table = _table(x, times, _ddpm_coefficients(path, times[:-1], times[1:], "beta" if drawn else variance))
 
@@ -182,7 +182,7 @@ def ddim(
         >>> [tuple(x.shape) for x in states]
         [(4, 2), (4, 2)]
     """
-    times = _start(path, x, times)
+    times = checked_grid(path, x, times)
     table = _table(x, times, _ddim_coefficients(path, times[:-1], times[1:], eta))
 
     def states(x):
@@ -238,7 +238,7 @@ def heun(denoiser: Callable, path: GaussianPath, x: Tensor, times) -> Iterator[T
     Source:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), Algorithm 1
     """
-    times = _start(path, x, times)
+    times = checked_grid(path, x, times)
     table = _table(x, times, _heun_coefficients(path, times[:-1], times[1:]))
 
     def states(x):
@@ -321,7 +321,7 @@ def dpm_solver_pp_2m(denoiser: Callable, path: GaussianPath, x: Tensor, times) -
         >>> last(dpm_solver_pp_2m(lambda xt, t: torch.ones_like(xt), VP(), torch.randn(1, 2), VP().times(5)))
         tensor([[1., 1.]])
     """
-    times = _start(path, x, times)
+    times = checked_grid(path, x, times)
     first = _dpm_solver_pp_2m_coefficients(path, times[:1], times[1:2], None)
     later = _dpm_solver_pp_2m_coefficients(path, times[1:-1], times[2:], times[:-2])
     table = _table(x, times, [torch.cat(pair) for pair in zip(first, later, strict=True)])
@@ -356,7 +356,7 @@ def _dpm_solver_pp_2m_coefficients(path: GaussianPath, t: Time, s: Time, t_befor
 # What the samplers share ----------------------------------------------------------------------------------------------
 
 
-def _start(path: GaussianPath, x: Tensor, times) -> Tensor:
+def checked_grid(path: GaussianPath, x: Tensor, times) -> Tensor:
     """Check what every sampler is given, and evaluate the path on the grid; returns the times as float64."""
     if not isinstance(path, GaussianPath):
         raise TypeError(f"path must be a GaussianPath; got {type(path).__name__}")

@@ -37,6 +37,7 @@ def batches(
     y: Tensor | None = None,
     drop: float = 0.1,
     null: int | None = None,
+    times: str = "uniform",
     seed: int = 0,
 ) -> Callable[[int], dict]:
     """Batches as a pure function of the step: data in a new order each epoch, with their times, noises and labels.
@@ -51,6 +52,8 @@ def batches(
         y: Labels, int64 (N,); without them the batches have none.
         drop: Share of labels that are replaced by the null label, for guidance.
         null: The null label, as a rule the number of classes.
+        times: "uniform", or "logit-normal" for more in the middle: t = 1/(1 + e^{-z}) with z standard normal (Esser et al.,
+            2024, eq. 19). The loss itself stays as it is, so this also weighs the middle more.
         seed: Seed of everything random.
 
     Returns:
@@ -71,6 +74,8 @@ def batches(
         raise ValueError(f"y must have one label for each of the {len(x)} samples; got {len(y)}")
     if y is not None and drop and null is None:
         raise ValueError("null must be the null label where labels are dropped; got None")
+    if times not in ("uniform", "logit-normal"):
+        raise ValueError(f"times must be 'uniform' or 'logit-normal'; got {times!r}")
     per_epoch = len(x) // size
 
     def batch(step: int) -> dict:
@@ -80,6 +85,8 @@ def batches(
         g = _generator(seed, 1, step)
         strata = (torch.randperm(size, generator=g) + torch.rand(size, generator=g)) / size
         strata = strata.clamp(2**-24, 1 - 2**-24)  # rounding gives 0 and 1 too, where some rates are infinite
+        if times == "logit-normal":
+            strata = torch.special.ndtri(strata).sigmoid()
         t = (strata * path.T).ceil().long() if isinstance(path, DiscretePath) else strata
         out = {"x0": x[chosen], "t": t, "eps": torch.randn(x[chosen].shape, generator=g, dtype=x.dtype)}
         if y is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dgm_course.denoisers import Denoiser
-from dgm_course.nets import MLP, LabelEmbedding, TimeEmbedding, UNet
+from dgm_course.nets import MLP, Classifier, LabelEmbedding, TimeEmbedding, UNet
 from dgm_course.nets.embeddings import sinusoids
 from dgm_course.nets.unet import ResBlock, SelfAttention
 from dgm_course.paths import Cosine
@@ -274,3 +274,86 @@ def test_arguments_are_checked():
     for message, call in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# The classifier -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"image_channels": 3, "num_classes": 4, "width": 32}], ids=["grey", "colour"])
+@pytest.mark.parametrize("batch, height, width", [(1, 28, 28), (3, 28, 28), (2, 9, 14), (2, 1, 1)])
+def test_classifier_shapes(settings, batch, height, width):
+    """One logit for each class and `width` features, for images of any size."""
+    net = Classifier(**settings).eval()
+    x = torch.randn(batch, settings.get("image_channels", 1), height, width)
+    assert net(x).shape == (batch, settings.get("num_classes", 10))
+    assert net.features(x).shape == (batch, settings.get("width", 128))
+
+
+def test_classifier_by_hand():
+    """Five 3×3 convolutions, the second and fourth of stride 2, each normed and bent; the mean of places; a linear map."""
+    f, net = nn.functional, awake(Classifier(width=32, num_classes=3)).double()
+    h = x = torch.randn(2, 1, 12, 12, dtype=torch.float64)
+    weights = iter(net.parameters())
+    for stride in (1, 2, 1, 2, 1):
+        h = f.conv2d(h, next(weights), next(weights), stride=stride, padding=1)
+        h = f.group_norm(h, 8, next(weights), next(weights))
+        h = h * h.sigmoid()
+    features = h.sum((2, 3)) / 9
+    torch.testing.assert_close(net.features(x), features, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(net(x), features @ next(weights).T + next(weights), rtol=1e-12, atol=1e-12)
+    assert next(weights, None) is None
+
+
+def test_classifier_head_sees_the_features():
+    """The features are what the last layer is given, of each image by itself; while training, some are dropped from it."""
+    net, seen = Classifier(width=32), []
+    net.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    x = torch.randn(3, 1, 28, 28)
+    for mode in (net.eval(), net.train()):
+        mode(x)
+        assert torch.equal(seen.pop(), net.features(x))
+    torch.testing.assert_close(net.features(x[1:2]), net.features(x)[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_every_parameter_of_the_classifier():
+    """From a cross-entropy, and from the features to the image."""
+    net, x = Classifier(width=32).train(), torch.randn(6, 1, 28, 28, requires_grad=True)
+    nn.functional.cross_entropy(net(x), torch.arange(6)).backward()
+    for name, parameter in net.named_parameters():
+        assert bool(parameter.grad.isfinite().all()) and parameter.grad.abs().max() > 0, name
+    assert x.grad.abs().amax((1, 2, 3)).min() > 0
+
+
+def test_classifier_drops_only_while_training():
+    """In eval mode it is deterministic, while training it is not; its features always are."""
+    net, x = awake(Classifier(width=32)), torch.randn(2, 1, 28, 28)
+    assert torch.equal(net(x), net(x))
+    net.train()
+    assert not torch.equal(net(x), net(x)) and torch.equal(net.features(x), net.features(x))
+
+
+def test_classifier_features_do_not_move_with_the_image():
+    """A shift by 4 pixels, two strides of 2, within a wide background changes nothing; a shift by less does."""
+    net = awake(Classifier(width=32)).double()
+    blob = torch.randn(1, 1, 6, 6, dtype=torch.float64)
+
+    def features(down, right):
+        x = -torch.ones(1, 1, 64, 64, dtype=torch.float64)
+        x[..., 28 + down : 34 + down, 28 + right : 34 + right] = blob
+        return net.features(x)
+
+    here = features(0, 0)
+    for shift in ((4, 0), (0, -4), (-4, 8)):
+        torch.testing.assert_close(features(*shift), here, rtol=1e-10, atol=1e-12)
+    assert (features(2, 1) - here).abs().max() > 1e-6
+    assert (net.features(-torch.ones(1, 1, 64, 64, dtype=torch.float64)) - here).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (2, 28, 28), (2, 784), (1, 2, 1, 28, 28)])
+def test_classifier_checks_its_argument(shape):
+    """Another number of channels, or no batch of images: the error says what came and what is asked."""
+    net = Classifier()
+    for call in (net, net.features):
+        with pytest.raises(ValueError) as failure:
+            call(torch.zeros(shape))
+        assert str(failure.value) == f"x must have shape (B, 1, H, W); got {shape}"

@@ -588,6 +588,56 @@ def test_times_at_the_edge_of_the_random_numbers(u, monkeypatch):
     assert t.min() == 1 and t.max() == 12
 
 
+def logit_normal(t: np.ndarray) -> np.ndarray:
+    """The distribution function of 1/(1 + e^(−z)) with z standard normal."""
+    return stats.norm.cdf(np.log(t) - np.log1p(-t))
+
+
+def test_logit_normal_times():
+    """Their logits are standard normal, at each place and within each of `size` parts of equal probability."""
+    batch = batches(torch.zeros(16, 1), Straight(), size=16, times="logit-normal")
+    t = torch.stack([batch(step)["t"] for step in range(2000)])
+    assert t.dtype == torch.float32 and 0 < t.min() and t.max() < 1
+    u = logit_normal(t.double().numpy())
+    assert (np.sort(np.floor(16 * u)) == np.arange(16)).mean() > 0.9999  # up to rounding at an edge
+    for place in (0, 7, 15):
+        assert stats.kstest(t[:, place].double().numpy(), logit_normal).pvalue > 1e-4
+    assert stats.kstest((16 * u % 1).flatten(), "uniform").pvalue > 1e-4
+    inner = (t > 1 / (1 + math.e)) & (t < 1 / (1 + 1 / math.e))  # |z| < 1
+    assert inner.double().mean().item() == pytest.approx(0.6827, abs=0.004)
+
+
+@pytest.mark.parametrize("size", [5, 32])
+def test_logit_normal_times_on_a_chain(size):
+    """Whole numbers 1 … T, each with the probability of its part (t − 1, t]/T; chi-square at 1e-4."""
+    batch = batches(torch.zeros(size, 1), CHAIN, size=size, times="logit-normal")
+    t = torch.stack([batch(step)["t"] for step in range(1500)])
+    assert t.dtype == torch.int64 and t.min() == 1 and t.max() == CHAIN.T
+    inner = logit_normal(np.arange(1, 12) / 12)
+    share = np.diff([0.0, *inner, 1.0])
+    for times in (t.flatten(), t[:, 0], t[:, -1]):
+        found = times.bincount(minlength=13)[1:].numpy()
+        assert stats.chisquare(found, share * len(times)).pvalue > 1e-4
+
+
+def test_kind_of_times_changes_nothing_else():
+    """Samples, noises and labels are those of uniform times, and the times come in the same order."""
+    x, y = torch.randn(50, 3), torch.arange(50) % 10
+    one, two = (batches(x, Straight(), size=8, y=y, null=10, times=kind)(3) for kind in ("uniform", "logit-normal"))
+    assert all(torch.equal(one[key], two[key]) for key in ("x0", "eps", "y"))
+    np.testing.assert_allclose(logit_normal(two["t"].double().numpy()), one["t"], atol=1e-5)
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_logit_normal_times_at_the_edge_of_the_random_numbers(u, monkeypatch):
+    """The least and largest number that float32 generators give: no time is 0 or 1."""
+    monkeypatch.setattr(torch, "rand", lambda size, generator: torch.full((size,), u))
+    t = batches(torch.zeros(128, 1), Straight(), size=128, times="logit-normal")(0)["t"]
+    assert 0.004 < t.min() and t.max() < 0.996
+    t = batches(torch.zeros(128, 1), CHAIN, size=128, times="logit-normal")(0)["t"]
+    assert 1 <= t.min() and t.max() <= 12
+
+
 def test_labels_are_dropped():
     """A tenth of them becomes the null label, anew in each epoch; the others stay with their samples."""
     x, y = torch.arange(100.0)[:, None], torch.arange(100) % 10
@@ -616,6 +666,8 @@ def test_no_and_all_labels_dropped(drop, expected):
         ({"size": 11}, "size must lie between 1 and the number of samples, 10; got 11"),
         ({"size": 5, "y": torch.zeros(9), "null": 10}, "y must have one label for each of the 10 samples; got 9"),
         ({"size": 5, "y": torch.zeros(10)}, "null must be the null label"),
+        ({"size": 5, "times": "normal"}, "times must be 'uniform' or 'logit-normal'; got 'normal'"),
+        ({"size": 5, "times": None}, "times must be 'uniform' or 'logit-normal'; got None"),
     ],
 )
 def test_batches_check_their_arguments(options, message):

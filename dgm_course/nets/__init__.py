@@ -1,7 +1,8 @@
 """Networks of the course: they map noisy data, a time in [0, 1] and a label to an output of the data's shape."""
 
+from dgm_course.nets.classifier import Classifier
 from dgm_course.nets.embeddings import LabelEmbedding, TimeEmbedding
 from dgm_course.nets.mlp import MLP
 from dgm_course.nets.unet import UNet
 
-__all__ = ["MLP", "LabelEmbedding", "TimeEmbedding", "UNet"]
+__all__ = ["MLP", "Classifier", "LabelEmbedding", "TimeEmbedding", "UNet"]

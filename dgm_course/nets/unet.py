@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
         batch, channels, height, width = h.shape
         qkv = self.qkv(self.norm(h)).reshape(batch, 3, self.heads, channels // self.heads, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, positions, channels of a head)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
         return h + self.out(mixed.transpose(-1, -2).reshape(batch, channels, height, width))
 
 

@@ -1,0 +1,52 @@
+"""A classifier of small grey images, whose features also score generated ones."""
+
+from torch import Tensor, nn
+
+__all__ = ["Classifier"]
+
+
+class Classifier(nn.Module):
+    """Five convolutions, two of them with stride 2, then a linear layer on the mean over positions.
+
+    The mean over positions, `width` numbers for each image, is what the scores in `metrics` compare.
+
+    Arguments:
+        image_channels: Channels of the images, 1 for grey.
+        num_classes: Number of classes.
+        width: Number of features, a multiple of 16.
+
+    Shapes:
+        x (B, C, H, W) → logits (B, num_classes).
+
+    Raises:
+        ValueError: If x is not a batch of images.
+
+    Source:
+        | All convolutional net (Springenberg et al., 2015), section 2; features in place of Inception's, as in Heusel et al.
+        | (2017), section 2
+
+    Example:
+        >>> import torch
+        >>> net = Classifier()
+        >>> net(torch.zeros(3, 1, 28, 28)).shape, net.features(torch.zeros(3, 1, 28, 28)).shape
+        (torch.Size([3, 10]), torch.Size([3, 128]))
+    """
+
+    def __init__(self, image_channels: int = 1, num_classes: int = 10, width: int = 128):
+        super().__init__()
+        self.image_channels = image_channels
+        layers, inside = [], image_channels
+        for outside, stride in [(width // 4, 1), (width // 4, 2), (width // 2, 1), (width // 2, 2), (width, 1)]:
+            layers += [nn.Conv2d(inside, outside, 3, stride, padding=1), nn.GroupNorm(8, outside), nn.SiLU()]
+            inside = outside
+        self.trunk = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(width, num_classes))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer sees of each image, shape (B, width)."""
+        if x.ndim != 4 or x.shape[1] != self.image_channels:
+            raise ValueError(f"x must have shape (B, {self.image_channels}, H, W); got {tuple(x.shape)}")
+        return self.trunk(x).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
