@@ -47,7 +47,7 @@ RECIPES = {
         "path": {"class": "Cosine"},
         "predicts": "v",
         "times": "logit-normal",
-        "steps": 32000,
+        "steps": 26000,
         "batch": 128,
         "seed": 0,
         "fit": {"ema": 0.9995},

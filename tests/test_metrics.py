@@ -232,13 +232,13 @@ def test_precision_recall_of_duplicates():
 
 
 def test_precision_recall_far_from_the_origin(generator):
-    """Distances of 1e-3 between points near 1e3 keep their digits; float32 comes in as it is."""
-    real = (1000 + 1e-3 * normals(40, 8, generator=generator)).float()
-    generated = (1000 + 1e-3 * normals(40, 8, generator=generator) + 5e-4).float()
-    x, y = real.double().numpy(), generated.double().numpy()
+    """Points near 1000 that are 1e-5 apart keep their digits, which products of them would lose."""
+    real = 1000 + 1e-5 * normals(40, 8, generator=generator)
+    generated = 1000 + 1e-5 * normals(40, 8, generator=generator) + 5e-6
+    x, y = real.numpy(), generated.numpy()
     expected = share_inside(y, x, 3), share_inside(x, y, 3)
-    assert precision_recall(real, generated) == pytest.approx(expected)
-    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, generated) == pytest.approx(expected) and 0 < min(expected) < max(expected) < 1
+    assert precision_recall(real, real) == precision_recall(real.float(), real.float()) == (1.0, 1.0)
 
 
 def test_more_neighbours_never_lower_the_scores(generator):

@@ -349,7 +349,7 @@ def test_classifier_features_do_not_move_with_the_image():
     assert (net.features(-torch.ones(1, 1, 64, 64, dtype=torch.float64)) - here).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (2, 28, 28), (2, 784), (1, 2, 1, 28, 28)])
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (2, 28, 28), (1, 1, 28), (2, 784), (1, 1, 2, 28, 28)])
 def test_classifier_checks_its_argument(shape):
     """Another number of channels, or no batch of images: the error says what came and what is asked."""
     net = Classifier()

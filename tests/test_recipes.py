@@ -1,16 +1,22 @@
 """A recipe trains to a checkpoint that loads; stopped, it goes on to the very same one."""
 
 import functools
+import inspect
+import itertools
 import json
 import math
 import platform
 import re
 import signal
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from scipy import stats
 
-from dgm_course import checkpoints, data, losses, recipes, training
+from dgm_course import checkpoints, data, losses, nets, recipes, tables, training
+from dgm_course.denoisers import Denoiser
 from dgm_course.paths import Cosine
 
 TINY = {
@@ -180,9 +186,479 @@ def test_unknown_recipe(name, tmp_path):
 def test_shipped_recipes_fit_the_budget(monkeypatch):
     """Each can be built and written as JSON; a U-Net has at most 0.6 million parameters, anything at most 1.2."""
     monkeypatch.undo()
-    assert "mnist-unet" in recipes.names()
+    assert {"mnist-unet", "mnist-classifier", "mnist-predictions"} <= set(recipes.names())
     for name in recipes.names():
-        recipe = recipes.RECIPES[name]
-        net = checkpoints.build(json.loads(json.dumps(recipe))).net
-        assert sum(p.numel() for p in net.parameters()) <= (0.6e6 if recipe["net"]["class"] == "UNet" else 1.2e6)
-        assert recipe["data"] in data.NAMES and recipe["steps"] > 0 and recipe["what"]
+        recipe = json.loads(json.dumps(recipes.RECIPES[name]))
+        assert recipe == recipes.RECIPES[name]  # a tuple would come back as a list, and a stopped table not go on
+        varied = list(itertools.product(*recipe.get("vary", {}).values()))
+        for values in varied:
+            model = checkpoints.build(recipe | dict(zip(recipe.get("vary", {}), values, strict=True)))
+            assert isinstance(model, nets.Classifier if "classifies" in recipe else Denoiser)
+            size = sum(p.numel() for p in model.parameters())
+            assert size <= (0.6e6 if recipe["net"]["class"] == "UNet" else 1.2e6)
+        assert len(varied) == len(set(varied)) > 0
+        assert recipe["data"] in data.NAMES and recipe["steps"] > 0 and recipe["batch"] > 0 and recipe["what"]
+        assert "seed" in recipe.get("vary", recipe)
+        if "scored with" in recipe:
+            inspect.signature(recipes.quality).bind(None, None, None, **recipe["scored with"])
+            assert "classifies" in recipes.RECIPES[recipe["scored with"]["classifier"]]
+            assert recipe["net"]["num_classes"] == 10 and recipe["scored with"]["samples"] % 10 == 0
+
+
+def test_times_and_scores_of_a_recipe(tmp_path, monkeypatch):
+    """ "times" reaches the batches that are trained on, "scored with" the function that scores; the loss stays as it is."""
+    asked, drawn, batches = [], [], training.batches
+
+    def recorded(x, path, **options):
+        drawn.append(options)
+        return batches(x, path, **options)
+
+    def quality(denoiser, x, y, **settings):
+        asked.append((denoiser, len(x), len(y), settings))
+        return {"beauty": 7.0}
+
+    monkeypatch.setattr(recipes, "quality", quality)
+    monkeypatch.setattr(training, "batches", recorded)
+    settings = {"classifier": "judge", "samples": 20, "steps": 2, "draws": 1}
+    plain = recipes.train("tiny", out=tmp_path)["scores"]
+    assert asked == [] and list(plain) == ["test loss"]
+    recipes.RECIPES["tiny"] = TINY | {"scored with": settings}
+    assert recipes.train("tiny", out=tmp_path)["scores"] == plain | {"beauty": 7.0}
+    ((denoiser, *rest),) = asked
+    assert isinstance(denoiser, Denoiser) and rest == [500, 500, settings]
+    recipes.RECIPES["tiny"] = TINY | {"times": "logit-normal"}
+    assert recipes.train("tiny", out=tmp_path)["scores"] != plain
+    assert [options.get("times", "uniform") for options in drawn] == ["uniform"] * 4 + ["logit-normal", "uniform"]
+
+
+# A classifier -------------------------------------------------------------------------------------------------------
+
+JUDGE = {
+    "what": "a tiny classifier",
+    "data": "mnist",
+    "net": {"class": "Classifier", "width": 32},
+    "classifies": "digits",
+    "steps": 4,
+    "batch": 8,
+    "seed": 3,
+}
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """Every training that is asked for: (model, loss, draw, options, what came back)."""
+    calls, fit = [], training.fit
+
+    def recorded(model, loss, draw, **options):
+        done = fit(model, loss, draw, **options)
+        calls.append((model, loss, draw, options, done))
+        return done
+
+    monkeypatch.setattr(training, "fit", recorded)
+    return calls
+
+
+def test_a_classifier_is_a_recipe_too(tmp_path, fits):
+    """Its checkpoint loads as the network itself, and its card says how many test images the averaged weights get right."""
+    recipes.RECIPES["tiny"] = JUDGE | {"steps": 12, "fit": {"precision": "float32"}}
+    card = recipes.train("tiny", out=tmp_path)
+    net = checkpoints.load("tiny", tmp_path)
+    assert isinstance(net, nets.Classifier) and not net.training and net.head[1].out_features == 10
+    assert {key: value for key, value in net.card.items() if key != "sha256"} == card
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.json", "tiny.safetensors"]
+    ((_, _, _, options, done),) = fits
+    assert options["steps"] == 12 and options["precision"] == "float32"
+    average, (x, y) = done.ema, data.images(part("mnist"))
+    for key, weight in average.state_dict().items():
+        assert torch.equal(net.state_dict()[key], weight.half().float())
+    with torch.no_grad():
+        right = sum(average(image[None]).argmax().item() == label for image, label in zip(x, y.tolist(), strict=True))
+    assert card["scores"] == {"accuracy on the test set": right / 500}
+
+
+def test_a_classifier_learns_from_moved_images(tmp_path, fits, monkeypatch):
+    """Each batch is a pure function of seed and step: images of the data, moved, with their labels; the loss is −log p(y)."""
+    shown = []
+    monkeypatch.setattr(recipes, "_moved", lambda x, g: shown.append((x, g)) or x + 0.25)
+    for name, seed in (("tiny", 3), ("another", 4)):
+        recipes.RECIPES[name] = JUDGE | {"seed": seed, "steps": 1}
+        recipes.train(name, out=tmp_path)
+    (model, loss, draw, *_), (_, _, other, *_) = fits
+    x, y = data.images(part("mnist"))
+    labels = {image.numpy().tobytes(): label for image, label in zip(x, y.tolist(), strict=True)}
+    shown.clear()
+    forward = [draw(step) for step in range(30)]
+    assert [labels[image.numpy().tobytes()] for x, _ in shown for image in x] == [
+        label for batch in forward for label in batch["y"].tolist()
+    ]
+    for batch, (image, g) in zip(forward, shown, strict=True):
+        assert batch.keys() == {"x", "y"} and len(batch["y"]) == 8 and isinstance(g, torch.Generator)
+        assert torch.equal(batch["x"], image + 0.25)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for step in reversed(range(30)):
+        assert all(torch.equal(value, forward[step][key]) for key, value in draw(step).items())
+        assert not torch.equal(other(step)["x"], forward[step]["x"])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({batch["x"].sum().item() for batch in forward}) == 30
+    p = model.eval()(forward[0]["x"]).detach().double().exp().numpy()
+    p = p / p.sum(1, keepdims=True)
+    expected = -np.log(p[np.arange(8), forward[0]["y"]]).mean()
+    assert loss(model, **forward[0]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_stopped_classifier_goes_on(tmp_path, monkeypatch):
+    """Dropout and moved images included, it ends with the very weights of a run that was not stopped."""
+    recipes.RECIPES["tiny"] = JUDGE
+    count, loss = [], torch.nn.functional.cross_entropy
+
+    def stopping(*arguments):
+        count.append(1)
+        if len(count) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "cross_entropy", stopping)
+        with pytest.raises(KeyboardInterrupt, match="after step 3 of 4"):
+            recipes.train("tiny", out=tmp_path / "stopped")
+    recipes.train("tiny", out=tmp_path / "stopped")
+    recipes.train("tiny", out=tmp_path / "whole")
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
+# Moved images -------------------------------------------------------------------------------------------------------
+
+
+def spots(*places, batch=1):
+    """Images of one soft spot on the background, at (right, down) pixels from the centre."""
+    axis = torch.arange(28.0) - 13.5
+    out = []
+    for right, down in places:
+        spot = torch.exp(-((axis[None, :] - right) ** 2 + (axis[:, None] - down) ** 2) / 4)
+        out.append(torch.where(spot > 1e-3, 2 * spot, 0) - 1)
+    return torch.stack(out)[:, None].repeat(batch, 1, 1, 1)
+
+
+def places(x):
+    """Where the spots are: their centres of mass, as complex numbers, pixels to the right + i · pixels down."""
+    axis, mass = torch.arange(28.0) - 13.5, x[:, 0] + 1
+    right, down = (mass * axis).sum((1, 2)), (mass * axis[:, None]).sum((1, 2))
+    return torch.complex(right, down) / mass.sum((1, 2))
+
+
+def dice(monkeypatch, *values):
+    """Make the four random numbers of a movement, angle, size, right and down, these for every image."""
+    numbers = torch.tensor(values)[:, None]
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: numbers.expand(*shape).clone())
+
+
+def test_images_stay_where_chance_is_in_the_middle(monkeypatch, generator):
+    """With all random numbers one half, digits come back as they are, up to the rounding of places in float32."""
+    dice(monkeypatch, 0.5, 0.5, 0.5, 0.5)
+    x, _ = data.images(part("mnist"))
+    torch.testing.assert_close(recipes._moved(x[:20], generator), x[:20], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_the_furthest_that_images_move(end, monkeypatch, generator):
+    """One by one: a shift by two pixels of 28, the very image; a turn by 0.2 rad; a size of e^±0.1 times."""
+    x, far = spots((2, -3)), spots((9, 0), (0, -9))
+    for shift, axis in (((0.5, 0.5, end, 0.5), 3), ((0.5, 0.5, 0.5, end), 2)):
+        dice(monkeypatch, *shift)
+        moved = recipes._moved(x, generator)
+        assert any(torch.allclose(moved, x.roll(by, axis), atol=1e-4) for by in ((2,), (-2,)))
+    dice(monkeypatch, end, 0.5, 0.5, 0.5)
+    ratio = places(recipes._moved(far, generator)) / places(far)
+    assert ratio.abs().sub(1).abs().max() < 0.01 and ratio.angle().abs().sub(0.2).abs().max() < 0.01
+    assert (ratio.angle()[0] - ratio.angle()[1]).abs() < 0.01
+    dice(monkeypatch, 0.5, end, 0.5, 0.5)
+    ratio = places(recipes._moved(far, generator)) / places(far)
+    assert ratio.angle().abs().max() < 0.01 and ratio.abs().log().abs().sub(0.1).abs().max() < 0.01
+
+
+def test_images_move_no_further_at_random(generator):
+    """Of 400 images none turns, grows or moves beyond its bounds, some come near, and the four have nothing in common."""
+    seed = generator.initial_seed()
+    here, there = (
+        places(recipes._moved(spots(place, batch=400), torch.Generator().manual_seed(seed)))
+        for place in ((0, 0), (8, 0))
+    )
+    turn = (there - here) / 8  # what the map does to directions; the rest is the shift, turned and scaled after it
+    angle, size, shift = turn.angle(), turn.abs().log(), here / turn
+    for value, bound in ((angle, 0.2), (size, 0.1), (shift.real, 2.0), (shift.imag, 2.0)):
+        assert value.abs().max() < 1.05 * bound and value.max() > 0.9 * bound and value.min() < -0.9 * bound
+        assert value.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    common = torch.corrcoef(torch.stack([angle, size, shift.real, shift.imag])) - torch.eye(4)
+    assert common.abs().max() < 0.2
+
+
+def test_background_stays_background(generator):
+    """An empty image stays empty, what is uncovered is background, and no grey level is left."""
+    assert torch.equal(recipes._moved(-torch.ones(50, 1, 28, 28), generator), -torch.ones(50, 1, 28, 28))
+    full = recipes._moved(torch.ones(50, 1, 28, 28), generator)
+    assert full.min() == -1 and full.max() <= 1 + 1e-6 and (full[:, 0, 8:20, 8:20] > 1 - 1e-5).all()
+    x, _ = data.images(part("mnist"))
+    moved = recipes._moved(x, generator)
+    assert moved.shape == x.shape and moved.dtype == x.dtype
+    assert moved.min() >= -1 and moved.max() <= 1 + 1e-6 and (moved[:, 0, 0, 0] == -1).all()
+
+
+def test_each_image_moves_by_itself(generator):
+    """Equal images part ways; an image moves the same whatever its neighbours are; the generator alone decides."""
+    seed = generator.initial_seed()
+
+    def moved(x):
+        return recipes._moved(x, torch.Generator().manual_seed(seed))
+
+    one = moved(spots((3, 1), batch=20))
+    assert len({image.sum().item() for image in one}) == 20
+    others = spots((-4, 2), batch=20)
+    others[7] = spots((3, 1))[0]
+    assert torch.equal(moved(others)[7], one[7])
+    torch.manual_seed(5)
+    assert torch.equal(moved(spots((3, 1), batch=20)), one)
+    assert not torch.equal(recipes._moved(spots((3, 1), batch=20), torch.Generator().manual_seed(1)), one)
+
+
+# Balanced choice ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [3, 12, 30])
+def test_balanced(number, generator):
+    """As many of each class, in order of class, each image with its label and none twice, in a new choice each time."""
+    y = torch.arange(47).flip(0) % 3
+    x = torch.arange(47.0)[:, None, None, None].expand(-1, 1, 2, 2)
+    draws = [recipes.balanced(x, y, number, generator) for _ in range(40)]
+    for chosen, labels in draws:
+        assert labels.tolist() == [c for c in range(3) for _ in range(number // 3)]
+        kept = chosen[:, 0, 0, 0].long()
+        assert torch.equal(y[kept], labels) and len(kept.unique()) == number and chosen.shape == (number, 1, 2, 2)
+    assert len({tuple(chosen[:, 0, 0, 0].tolist()) for chosen, _ in draws}) > 1
+    if number > 3:
+        assert len(torch.cat([chosen for chosen, _ in draws])[:, 0, 0, 0].unique()) == 47
+
+
+def test_balanced_can_take_everything(generator):
+    """As many as there are: every image once; one seed, one choice."""
+    y = torch.arange(40) % 4
+    x = torch.arange(40.0)
+    chosen, _ = recipes.balanced(x, y, 40, generator)
+    assert torch.equal(chosen.sort().values, x)
+    one, two = (recipes.balanced(x, y, 8, torch.Generator().manual_seed(1))[0] for _ in "ab")
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("number", [7, 9, 45])
+def test_balanced_checks_the_number(number):
+    """Not a multiple, or more than the least class has: the error says what is asked and what came."""
+    y = torch.tensor([0] * 20 + [1] * 4)
+    with pytest.raises(ValueError, match=f"^number must be a multiple of 2, and at most 8; got {number}"):
+        recipes.balanced(torch.zeros(24, 1), y, number)
+    with pytest.raises(ValueError, match="at most 0; got 3"):  # no image of class 1 at all
+        recipes.balanced(torch.zeros(2, 1), torch.tensor([0, 2]), 3)
+
+
+# Quality of samples -------------------------------------------------------------------------------------------------
+
+
+class Judge(torch.nn.Module):
+    """Features are five sums over fixed parts of the image; the answer is the brightest tenth of it. Keeps what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def features(self, x):
+        self.seen.append(x)
+        return x.flatten(1) @ torch.cos(torch.outer(torch.arange(40.0), torch.arange(1.0, 6.0)))
+
+    def forward(self, x):
+        return x.flatten(1).reshape(len(x), 10, 4).sum(2)
+
+
+class Memory:
+    """A denoiser that says the same stored images whatever it is shown, in the order in which samples are drawn."""
+
+    def __init__(self, stored):
+        self.path, self.stored, self.times, self.labels, self.noise, self.end = Cosine(), stored, [], [], [], 0
+
+    def __call__(self, xt, t, y):
+        if t == 1:
+            self.start, self.end = self.end, self.end + len(y)
+            self.labels.append(y)
+            self.noise.append(xt)
+        self.times.append(float(t))
+        return self.stored[self.start : self.end]
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """In place of every classifier that is asked for."""
+    judge = Judge()
+    judge.asked = []
+    monkeypatch.setattr(checkpoints, "load", lambda name: judge.asked.append(name) or judge)
+    return judge
+
+
+def few(count, generator):
+    """`count` images with 40 pixels of each of 10 classes, whose class the judge sees two times out of three or so."""
+    y = torch.arange(10).repeat_interleave(count)
+    x = 0.3 * torch.randn(10 * count, 10, 4, generator=generator)
+    x[torch.arange(10 * count), y] += 0.3
+    return x.clamp(-1, 1).reshape(-1, 1, 5, 8), y
+
+
+def distance(a, b):
+    """The Fréchet distance with the root of the product of the covariances by scipy."""
+    a, b = (x.double().numpy() for x in (a, b))
+    (m_a, c_a), (m_b, c_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
+    return ((m_a - m_b) ** 2).sum() + np.trace(c_a + c_b - 2 * scipy.linalg.sqrtm(c_a @ c_b).real)
+
+
+def test_quality_of_known_samples(judge, generator):
+    """A model that remembers 300 images: the judge's own answers on them, and their distance to the real ones, by scipy."""
+    (x, y), (stored, asked) = few(30, generator), few(30, generator)
+    memory = Memory(stored)
+    scores = recipes.quality(memory, x, y, classifier="judge", samples=300, steps=4, draws=1)
+    assert judge.asked == ["judge"] and memory.times == [1.0, 0.75, 0.5, 0.25] * 2
+    assert torch.equal(torch.cat(memory.labels), asked)
+    right = np.mean([image.reshape(10, 4).sum(1).argmax() == label for image, label in zip(stored, asked, strict=True)])
+    assert scores.keys() == {"classified as asked", "Fréchet distance"} and 0.3 < right < 0.95
+    assert scores["classified as asked"] == pytest.approx(right, abs=6e-5)
+    assert scores["Fréchet distance"] == pytest.approx(distance(judge.features(stored), judge.features(x)), abs=6e-5)
+    assert scores["Fréchet distance"] > 0.05
+    noise = torch.cat(memory.noise)
+    assert noise.shape == x.shape and stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-4
+
+
+def test_quality_of_the_real_images(judge, generator):
+    """Samples that are the real images have the judge's accuracy and distance 0; labels of the next class are all wrong."""
+    x, y = few(20, generator)
+    x = (x + 3 * torch.nn.functional.one_hot(y, 10)[:, :, None].expand(-1, -1, 4).reshape(x.shape)).clamp(-1, 1)
+    settings = {"classifier": "judge", "samples": 200, "steps": 2, "draws": 1}
+    scores = recipes.quality(Memory(x), x, y, **settings)
+    assert scores["classified as asked"] == 1 and scores["Fréchet distance"] == pytest.approx(0, abs=1e-4)
+    scores = recipes.quality(Memory(x.roll(20, 0)), x, y, **settings)
+    assert scores["classified as asked"] == 0 and scores["Fréchet distance"] == pytest.approx(0, abs=1e-4)
+
+
+def test_quality_is_a_mean_over_draws_of_clipped_samples(judge, generator):
+    """Two draws with noise and real images of their own, equal parts of each class; guesses beyond ±1 are cut."""
+    (x, y), (one, asked), (two, _) = few(30, generator), few(6, generator), few(6, generator)
+    memory = Memory(5 * torch.cat([one, two]))
+    scores = recipes.quality(memory, x, y, classifier="judge", samples=60, steps=1, draws=2)
+    seen = judge.seen
+    right, gap = [], []
+    for k, stored in enumerate((one, two)):
+        stored = (5 * stored).clamp(-1, 1)
+        drawn, real = seen[2 * k : 2 * k + 2]
+        assert torch.equal(drawn, stored)
+        where = (real[:, None] == x).flatten(2).all(2)
+        assert (where.sum(1) == 1).all() and torch.equal(y[where.int().argmax(1)], asked)
+        right.append((judge(stored).argmax(1) == asked).double().mean().item())
+        gap.append(distance(judge.features(drawn), judge.features(real)))
+    assert not torch.equal(seen[1], seen[3]) and not torch.equal(memory.noise[0], memory.noise[1])
+    assert scores["classified as asked"] == pytest.approx(sum(right) / 2, abs=6e-5) and right[0] != right[1]
+    assert scores["Fréchet distance"] == pytest.approx(sum(gap) / 2, abs=6e-5)
+
+
+def test_quality_is_decided_by_its_seed(judge, generator):
+    """The same noise and images for one seed, others for another; the global generator is left alone."""
+    x, y = few(30, generator)
+    settings = {"classifier": "judge", "samples": 50, "steps": 1, "draws": 1}
+    torch.manual_seed(0)
+    state, runs = torch.get_rng_state(), []
+    for seed in (1, 1, 2):
+        memory = Memory(x[::6])
+        runs.append((recipes.quality(memory, x, y, seed=seed, **settings), memory.noise[0]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert runs[0][0] == runs[1][0] != runs[2][0]
+    assert torch.equal(runs[0][1], runs[1][1]) and not torch.equal(runs[0][1], runs[2][1])
+
+
+# A table ------------------------------------------------------------------------------------------------------------
+
+TABLE = {key: value for key, value in TINY.items() if key not in ("predicts", "seed")} | {
+    "what": "two predictions of a tiny U-Net over seeds",
+    "vary": {"predicts": ["eps", "v"], "seed": [1, 0]},
+    "steps": 3,
+    "batch": 4,
+}
+ORDER = [("eps", 1), ("eps", 0), ("v", 1), ("v", 0)]
+
+
+def timeless(table):
+    """A table without what differs from run to run."""
+    rows = [{key: value for key, value in row.items() if key != "minutes"} for row in table["rows"]]
+    return table | {"rows": rows}
+
+
+def test_a_recipe_that_varies_writes_a_table(tmp_path, fits, asked):
+    """One row for each combination, in order, like a run of that recipe alone; no checkpoint and no state is left."""
+    recipes.RECIPES["tiny"] = TABLE
+    card = recipes.train("tiny", out=tmp_path / "runs")
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == ["tiny.json"]
+    assert tables.read(tmp_path / "runs" / "tiny.json") == card
+    assert card == TABLE | {key: card[key] for key in card if key not in TABLE}
+    assert card["recipe"] == "dgm-course train tiny" and platform.machine() in card["machine"]
+    assert card["images"] == 500 and card["data_sha256"] == data.content_hash(*data.images(part("mnist")))
+    assert asked == [("mnist", "train", None), ("mnist", "test", None)]
+    assert [(row["predicts"], row["seed"]) for row in card["rows"]] == ORDER
+    together = fits[:]
+    for row, (predicts, seed), (*_, done) in zip(card["rows"], ORDER, together, strict=True):
+        recipes.RECIPES["alone"] = TINY | {"steps": 3, "batch": 4, "predicts": predicts, "seed": seed}
+        alone = recipes.train("alone", out=tmp_path)
+        assert row.keys() == {"predicts", "seed", "test loss", "first losses", "minutes"} and row["minutes"] >= 0
+        assert row["test loss"] == alone["scores"]["test loss"]
+        assert (
+            row["first losses"] == pytest.approx(fits[-1][-1].losses, abs=6e-6) and done.losses == fits[-1][-1].losses
+        )
+    assert len({row["test loss"] for row in card["rows"]}) == 4
+
+
+@pytest.mark.parametrize("survive", [0, 2, 3])
+def test_a_stopped_table_goes_on(survive, tmp_path, fits, monkeypatch):
+    """Rows that were done are kept and not trained again; the table is that of a run which was not stopped."""
+    recipes.RECIPES["tiny"] = TABLE
+    with monkeypatch.context() as patch:
+        fit = training.fit
+
+        def stopping(*arguments, **options):
+            if len(fits) == survive:
+                raise KeyboardInterrupt
+            return fit(*arguments, **options)
+
+        patch.setattr(training, "fit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            recipes.train("tiny", out=tmp_path / "stopped")
+    if survive:
+        kept = tables.read(tmp_path / "stopped" / "tiny.json")["rows"]
+        assert [(row["predicts"], row["seed"]) for row in kept] == ORDER[:survive]
+    fits.clear()
+    card = recipes.train("tiny", out=tmp_path / "stopped")
+    assert len(fits) == 4 - survive and (not survive or card["rows"][:survive] == kept)
+    assert timeless(card) == timeless(recipes.train("tiny", out=tmp_path / "whole"))
+    assert tables.read(tmp_path / "stopped" / "tiny.json") == card
+    fits.clear()
+    assert recipes.train("tiny", out=tmp_path / "stopped") == card and fits == []  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"source": "other"}, {"steps": 2}, {"batch": 3}, {"vary": {"predicts": ["eps"], "seed": [1]}}, {"machine": 0}],
+)
+def test_a_table_is_for_one_recipe_one_set_of_data_and_one_machine(change, tmp_path, fits, monkeypatch):
+    """Rows of other data, steps or settings, or measured elsewhere, are not mixed with new ones."""
+    recipes.RECIPES["tiny"] = TABLE | {"vary": {"predicts": ["eps"], "seed": [1, 0]}}
+    recipes.train("tiny", out=tmp_path)
+    fits.clear()
+    if "machine" in change:
+        monkeypatch.setattr(recipes, "_machine", lambda: "a faster one")
+        change = {}
+    elif "batch" in change or "vary" in change:
+        recipes.RECIPES["tiny"] = recipes.RECIPES["tiny"] | change
+        change = {}
+    card = recipes.train("tiny", out=tmp_path, **change)
+    count = len(recipes.RECIPES["tiny"]["vary"]["seed"])
+    assert len(fits) == len(card["rows"]) == count and tables.read(tmp_path / "tiny.json") == card

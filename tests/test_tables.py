@@ -11,7 +11,11 @@ import pytest
 
 from dgm_course import recipes, tables
 
-TABLE = {"what": "größer − kleiner", "rows": [{"seed": 0, "loss": 0.1}, {"seed": 1, "loss": 1e-17}], "vary": {"seed": [0, 1]}}
+TABLE = {
+    "what": "größer − kleiner",
+    "rows": [{"seed": 0, "loss": 0.1}, {"seed": 1, "loss": 1e-17}],
+    "vary": {"seed": [0, 1]},
+}
 
 
 def test_round_trip(tmp_path):

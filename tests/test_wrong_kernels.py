@@ -16,7 +16,9 @@ from oracles import CHAIN_BETAS, bayes_on_a_grid, known, mp, order_of
 from torch.distributions import Normal, kl_divergence
 
 from dgm_course.denoisers import Denoiser, clipped
+from dgm_course.likelihood import bits_per_dim, bound, prior_term
 from dgm_course.losses import bound_term, simple
+from dgm_course.metrics import frechet_distance, inception_score, precision_recall
 from dgm_course.nets.embeddings import sinusoids
 from dgm_course.paths import VP, Cosine, DiscretePath, SubVP
 from dgm_course.samplers import (
@@ -1020,6 +1022,303 @@ CASES["training loss"] = Case(
 )
 
 
+# The bound ------------------------------------------------------------------------------------------------------------
+# A kernel takes (x0, alpha, sigma, std), one sample of the shape (1, D), and gives L_T against N(0, std²).
+
+
+def is_the_prior_term(prior):
+    """torch's KL divergence of the two normals; 0 where they are the same."""
+    x0 = tensor([0.5, -1.0, 0.25])
+    for t, std in ((20, 1.0), (7, 1.0), (12, 0.4), (3, 5.0)):
+        alpha, sigma = known("chain", t)
+        p = Normal(tensor([0.0] * 3), std)
+        near(prior(x0, alpha, sigma, std), kl_divergence(Normal(alpha * x0, sigma), p).sum().item())
+    near(prior(0 * x0, 0.8, 0.6, 0.6), 0.0)
+
+
+class Fixed(Cosine):
+    """A path with just this α and σ."""
+
+    def __init__(self, alpha, sigma):
+        super().__init__()
+        self.alpha = lambda t: torch.tensor(alpha, dtype=torch.float64)
+        self.sigma = lambda t: torch.tensor(sigma, dtype=torch.float64)
+
+
+def typed_prior(
+    sign=-1.0, var=lambda s: s**2, square=lambda a, x: (a * x) ** 2, half=0.5, one=1.0, width=lambda s: s**2
+):
+    def prior(x0, alpha, sigma, std):
+        ratio = var(sigma) / width(std)
+        return half * sum(square(alpha, x) / width(std) + ratio - one + sign * math.log(ratio) for x in x0[0].tolist())
+
+    return prior
+
+
+def swapped_prior(x0, alpha, sigma, std):
+    """KL(p ‖ q) for KL(q ‖ p)."""
+    return kl_divergence(Normal(tensor([0.0] * 3), std), Normal(alpha * x0, sigma)).sum().item()
+
+
+CASES["L_T"] = Case(
+    is_the_prior_term,
+    {
+        "ours": lambda x0, alpha, sigma, std: prior_term(Fixed(alpha, sigma), x0, 1.0, std).item(),
+        "typed": typed_prior(),
+    },
+    {
+        "sign of the log": typed_prior(sign=1.0),
+        "σ for σ²": typed_prior(var=lambda s: s),
+        "α x_0² for α² x_0²": typed_prior(square=lambda a, x: a * x**2),
+        "α for α² x_0²": typed_prior(square=lambda a, x: a),
+        "x_0 not scaled": typed_prior(square=lambda a, x: x**2),
+        "without ½": typed_prior(half=1.0),
+        "without −1": typed_prior(one=0.0),
+        "s for s²": typed_prior(width=lambda s: s),
+        "prior always N(0, 1)": typed_prior(width=lambda s: 1.0),
+        "mean over the values": lambda *args: typed_prior()(*args) / 3,
+        "KL the other way round": swapped_prior,
+    },
+)
+
+
+# A kernel takes (d, x0, generator), x0 of the shape (B, 1), and gives the terms on the chain, variance β: (T + 1, B).
+
+
+def is_the_bound(terms):
+    """Each term's mean for x̂_0 = c(t)·x_t in closed form, within 5 standard errors; first L_T, last L_0."""
+    g = torch.Generator().manual_seed(0)
+    n, c = 4000, 0.9 - 0.6 * np.arange(T + 1) / T
+    x0 = 0.6 * torch.randn(n, 1, generator=g, dtype=torch.float64) + 0.3
+    square, asked = 0.45, []
+    out = terms(lambda xt, t: asked.append(t) or c[int(t)] * xt, x0, g)
+    assert out.shape == (T + 1, n) and asked == list(range(T, 0, -1))
+    expected = [0.5 * (ABAR[T] * square - ABAR[T] - math.log(1 - ABAR[T]))]
+    for t in range(T, 0, -1):
+        error = (1 - c[t] * math.sqrt(ABAR[t])) ** 2 * square + c[t] ** 2 * (1 - ABAR[t])
+        beta, before = BETAS[t - 1], ABAR[t - 1]
+        if t == 1:
+            expected.append(error / (2 * beta) + 0.5 * math.log(2 * math.pi * beta))
+        else:
+            ratio = (1 - before) / (1 - ABAR[t])
+            shift = before * beta / (1 - ABAR[t]) ** 2 * error
+            expected.append(0.5 * (shift + ratio - 1 - math.log(ratio)))
+    gap = (out.mean(1) - tensor(*expected)).abs()
+    assert (gap <= 5 * out.std(1) / math.sqrt(n) + 1e-12).all()
+
+
+def typed_bound(start=True, last=1.0, first=1.0, shown=0, told=0, spread=math.sqrt, model=lambda t: BETAS[t - 1]):
+    """The terms in a loop, x̂_0 asked at t + `told` for the x_t of t + `shown`."""
+
+    step = typed_term(model=model)
+
+    def terms(d, x0, generator):
+        rows = [first * typed_prior()(x[None], math.sqrt(ABAR[T]), math.sqrt(1 - ABAR[T]), 1.0) for x in x0]
+        rows = [tensor(*rows)] if start else []
+        for t in range(T, 0, -1):
+            abar = ABAR[t + shown]
+            eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+            xt = math.sqrt(abar) * x0 + spread(1 - abar) * eps
+            row = step(x0[:, 0], d(xt, t + told)[:, 0], xt[:, 0], t)
+            rows.append(last * row if t == 1 else row)
+        return torch.stack(rows)
+
+    return terms
+
+
+CASES["bound"] = Case(
+    is_the_bound,
+    {
+        "ours": lambda d, x0, g: bound(d, CHAIN, x0, CHAIN.times(T), generator=g),
+        "typed": typed_bound(),
+    },
+    {
+        "L_T missing": typed_bound(start=False),
+        "sign of L_T": typed_bound(first=-1.0),
+        "sign of L_0": typed_bound(last=-1.0),
+        "L_0 missing": lambda d, x0, g: typed_bound()(d, x0, g)[:-1],
+        "x_{t−1} for x_t": typed_bound(shown=-1),
+        "denoiser asked at t − 1": typed_bound(told=-1),
+        "1 − ᾱ for √(1 − ᾱ)": typed_bound(spread=lambda a: a),
+        "weights of β̃": typed_bound(model=lambda t: tilde(t - 1, t) or BETAS[0]),
+        "terms from 1 to T": lambda d, x0, g: typed_bound()(d, x0, g).flip(0),
+    },
+)
+
+
+# A kernel takes (nats, x0) and gives bits for one value.
+
+
+def counts_bits(bits):
+    """An even guess over 2^k levels costs k bits for each value, however many samples there are."""
+    for shape in ((1, 5), (7, 5), (3, 1, 4, 4), (2, 3, 4, 4)):
+        values = math.prod(shape[1:])
+        for k in (1, 8):
+            near(
+                bits(torch.full(shape[:1], values * math.log(2**k), dtype=torch.float64), torch.zeros(shape)),
+                [k] * shape[0],
+            )
+
+
+CASES["bits"] = Case(
+    counts_bits,
+    {"ours": bits_per_dim, "typed": lambda nats, x0: nats / math.log(2) / math.prod(x0.shape[1:])},
+    {
+        "log 2 missing": lambda nats, x0: nats / x0[0].numel(),
+        "times log 2": lambda nats, x0: nats * math.log(2) / x0[0].numel(),
+        "batch counted in D": lambda nats, x0: nats / math.log(2) / x0.numel(),
+        "D missing": lambda nats, x0: nats / math.log(2),
+        "channels not counted": lambda nats, x0: nats / math.log(2) / math.prod(x0.shape[-2:]),
+        "log 256 for log 2": lambda nats, x0: nats / math.log(256) / x0[0].numel(),
+    },
+)
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+# A kernel takes two clouds, (N, D) and (M, D).
+
+
+def is_the_frechet_distance(distance):
+    """By singular values: with x = (a − m_a)/√(N − 1) the trace of the root is the nuclear norm of x·yᵀ."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 4, generator=g, dtype=torch.float64) for n in (9, 30))
+    b = b @ torch.randn(4, 4, generator=g, dtype=torch.float64) + tensor(2.0, -1.0, 0.0, 0.5)
+    (m_a, x), (m_b, y) = ((p.mean(0), (p - p.mean(0)).numpy() / math.sqrt(len(p) - 1)) for p in (a, b))
+    gap = (m_a - m_b).square().sum().item()
+    near(distance(a, b), gap + (x**2).sum() + (y**2).sum() - 2 * np.linalg.norm(x @ y.T, "nuc"), 1e-8)
+    near(distance(a, a + 3), 36.0, 1e-8)
+
+
+def typed_frechet(root=np.sqrt, factor=2.0, gap=lambda m: (m**2).sum(), unbiased=1, product=lambda a, b: a @ b):
+    def distance(a, b):
+        a, b = a.numpy(), b.numpy()
+        cov_a, cov_b = (np.cov(x, rowvar=False, ddof=unbiased) for x in (a, b))
+        overlap = root(np.linalg.eigvals(product(cov_a, cov_b)).real.clip(min=0)).sum()  # those of a root are the roots
+        return gap(a.mean(0) - b.mean(0)) + np.trace(cov_a + cov_b) - factor * overlap
+
+    return distance
+
+
+CASES["Fréchet distance"] = Case(
+    is_the_frechet_distance,
+    {"ours": frechet_distance, "typed": typed_frechet()},
+    {
+        "without the root": typed_frechet(root=lambda values: values),
+        "without the 2": typed_frechet(factor=1.0),
+        "means not squared": typed_frechet(gap=lambda m: math.sqrt((m**2).sum())),
+        "means' absolute differences": typed_frechet(gap=lambda m: np.abs(m).sum()),
+        "N for N − 1": typed_frechet(unbiased=0),
+        "root entry by entry": lambda a, b: (
+            typed_frechet(factor=0.0)(a, b) - 2 * np.trace(np.sqrt(np.abs(a.T.cov().numpy() @ b.T.cov().numpy())))
+        ),
+        "product entry by entry": typed_frechet(product=lambda a, b: a * b),
+        "root of the distance": lambda a, b: math.sqrt(typed_frechet()(a, b)),
+        "covariances left out": lambda a, b: (a.mean(0) - b.mean(0)).square().sum().item(),
+    },
+)
+
+
+# A kernel takes logits, (N, classes).
+
+
+def is_the_inception_score(score):
+    """exp(H(mean of p) − mean of H(p)), with entropies in loops; 1 and the number of classes at the ends."""
+    logits = tensor([2.0, 0.0, -1.0], [0.3, 0.1, 0.0], [-4.0, 1.0, 1.5], [2.0, 0.5, 0.0])
+    rows = [[math.exp(value) for value in row] for row in logits.tolist()]
+    rows = [[value / sum(row) for value in row] for row in rows]
+    mean = [sum(column) / 4 for column in zip(*rows, strict=True)]
+    own = sum(-sum(p * math.log(p) for p in row) for row in rows) / 4
+    near(score(logits), math.exp(-sum(p * math.log(p) for p in mean) - own), 1e-6)
+    near(score(torch.ones(5, 3, dtype=torch.float64)), 1.0, 1e-6)
+    near(score(1000 * torch.eye(4, dtype=torch.float64)), 4.0, 1e-6)
+
+
+def typed_score(swapped=False, end=math.exp, log=torch.log, axis=0, first=lambda logits: logits.softmax(1)):
+    def score(logits):
+        p = first(logits).clamp(min=1e-300)
+        mean = p.mean(axis, keepdim=True).expand_as(p)
+        if swapped:
+            p, mean = mean, p
+        return end((p * (log(p) - log(mean))).sum(1).mean().item())
+
+    return score
+
+
+CASES["inception score"] = Case(
+    is_the_inception_score,
+    {"ours": inception_score, "typed": typed_score()},
+    {
+        "KL the other way round": typed_score(swapped=True, end=lambda kl: math.exp(min(kl, 700.0))),
+        "without exp": typed_score(end=float),
+        "log₂": typed_score(log=torch.log2),
+        "mean over classes": typed_score(axis=1),
+        "softmax over samples": typed_score(first=lambda logits: logits.softmax(0)),
+        "sigmoid for softmax": typed_score(first=torch.sigmoid),
+        "logits as probabilities": typed_score(first=lambda logits: logits),
+        "own entropy only": lambda logits: math.exp(torch.special.entr(logits.softmax(1)).sum(1).mean().item()),
+    },
+)
+
+
+# A kernel takes (real, generated, k) and gives (precision, recall).
+
+
+def is_precision_recall(scores):
+    """Points on a line: real 0, 1, 3, 7 have radius 1, 1, 2, 4 for k = 1; generated 3.5, 4, 20, 40, 41 have ½, ½, 16, 1, 1."""
+    real, generated = tensor(0.0, 1.0, 3.0, 7.0)[:, None], tensor(3.5, 4.0, 20.0, 40.0, 41.0)[:, None]
+    near(scores(real, generated, 1), (2 / 5, 1 / 2))
+    near(scores(generated, real, 1), (1 / 2, 2 / 5))
+    near(scores(real, generated, 2), (2 / 5, 1.0))
+    near(scores(real, real, 3), (1.0, 1.0))
+    near(scores(real, real + 1000, 3), (0.0, 0.0))
+
+
+def typed_share(neighbour=0, power=1, owner="territory", closed=True):
+    def share(points, territory, k):
+        inside = 0
+        for point in points[:, 0].tolist():
+            balls = territory[:, 0].tolist()
+            if owner == "points":  # the point's own ball, among its like
+                reach = sorted(abs(point - other) for other in points[:, 0].tolist())[k]
+                inside += any(abs(point - centre) <= reach for centre in balls)
+                continue
+            for centre in balls:
+                radius = sorted(abs(centre - other) for other in balls)[k + neighbour] ** power
+                if abs(point - centre) < radius or closed and abs(point - centre) == radius:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    return share
+
+
+def typed_scores(swapped=False, **options):
+    def scores(real, generated, k):
+        share = typed_share(**options)
+        out = share(generated, real, k), share(real, generated, k)
+        return out[::-1] if swapped else out
+
+    return scores
+
+
+CASES["precision and recall"] = Case(
+    is_precision_recall,
+    {"ours": precision_recall, "typed": typed_scores()},
+    {
+        "itself counted as a neighbour": typed_scores(neighbour=-1),
+        "one neighbour too far": typed_scores(neighbour=1),
+        "swapped": typed_scores(swapped=True),
+        "squared radius": typed_scores(power=2),
+        "radius of the point, not of the ball": typed_scores(owner="points"),
+        "one number for both": lambda *args: (typed_scores()(*args)[0],) * 2,
+        "share of the other set": lambda real, generated, k: tuple(
+            np.array(typed_scores()(real, generated, k)) * (len(generated) / len(real), len(real) / len(generated))
+        ),
+    },
+)
+
+
+# Features of time -----------------------------------------------------------------------------------------------------
 # A kernel takes times in [0, 1], shape (B,), and gives 64 features.
 
 
