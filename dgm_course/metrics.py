@@ -1,5 +1,7 @@
 """Scores of generated samples, worked out on features: how near two clouds of points are, and where they part."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,11 +31,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         12.0
     """
     a, b = _features(a=a, b=b, least=2)
-    cov_a, cov_b = a.T.cov(), b.T.cov()
+    cov_a, cov_b = (torch.atleast_2d(x.T.cov()) for x in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # the symmetric square root of C_a
     overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap).item()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
+    return max(0.0, distance.item())  # rounding may leave it just below 0
 
 
 def inception_score(logits: Tensor) -> float:
@@ -58,7 +61,7 @@ def inception_score(logits: Tensor) -> float:
     """
     (logits,) = _features(logits=logits, least=1)
     log_p = logits.log_softmax(1)
-    log_mean = log_p.logsumexp(0) - torch.tensor(len(log_p)).log()
+    log_mean = log_p.logsumexp(0) - math.log(len(log_p))
     return (log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item()
 
 

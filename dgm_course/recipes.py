@@ -194,12 +194,12 @@ def quality(
     asked = torch.arange(int(y.max()) + 1).repeat_interleave(samples // (int(y.max()) + 1))
     right, distance = [], []
     for _ in range(draws):
-        drawn = []
+        drawn, real = [], balanced(x, y, samples, g)[0]
         for labels in asked.split(250):
             conditional = clipped(lambda xt, t, labels=labels: denoiser(xt, t, y=labels))
             noise = torch.randn(len(labels), *x.shape[1:], generator=g)
             drawn.append(samplers.last(samplers.ddim(conditional, denoiser.path, noise, denoiser.path.times(steps))))
-        drawn, real = torch.cat(drawn), balanced(x, y, samples, g)[0]
+        drawn = torch.cat(drawn)
         with torch.no_grad():
             right.append((judge(drawn).argmax(1) == asked).double().mean().item())
             distance.append(metrics.frechet_distance(judge.features(drawn), judge.features(real)))
@@ -214,8 +214,8 @@ def balanced(x: Tensor, y: Tensor, number: int, generator: torch.Generator | Non
         ValueError: If there are not enough of a class, or `number` is not a multiple of the number of classes.
     """
     classes = int(y.max()) + 1
-    if number % classes or number // classes > y.bincount().min():
-        asked = f"a multiple of {classes}, and at most {classes * int(y.bincount().min())}"
+    if number < 1 or number % classes or number // classes > y.bincount().min():
+        asked = f"a positive multiple of {classes}, and at most {classes * int(y.bincount().min())}"
         raise ValueError(f"number must be {asked}; got {number}")
     chosen = []
     for c in range(classes):
@@ -226,7 +226,7 @@ def balanced(x: Tensor, y: Tensor, number: int, generator: torch.Generator | Non
 
 
 def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Images turned by up to 0.2 rad, scaled by up to 10 % and shifted by up to a fourteenth of their side, at random."""
+    """Images shifted by up to a fourteenth of their side, then turned by up to 0.2 rad and scaled by up to 10 %, at random."""
     angle, log_scale, right, down = (2 * torch.rand(4, len(x), generator=generator) - 1) * torch.tensor(
         [[0.2], [0.1], [1 / 7], [1 / 7]]
     )

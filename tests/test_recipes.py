@@ -218,12 +218,13 @@ def test_times_and_scores_of_a_recipe(tmp_path, monkeypatch):
         return {"beauty": 7.0}
 
     monkeypatch.setattr(recipes, "quality", quality)
+    monkeypatch.setattr(recipes, "_floor", lambda card, train, test: {"floor": 1.0} if "scored with" in card else {})
     monkeypatch.setattr(training, "batches", recorded)
     settings = {"classifier": "judge", "samples": 20, "steps": 2, "draws": 1}
     plain = recipes.train("tiny", out=tmp_path)["scores"]
     assert asked == [] and list(plain) == ["test loss"]
     recipes.RECIPES["tiny"] = TINY | {"scored with": settings}
-    assert recipes.train("tiny", out=tmp_path)["scores"] == plain | {"beauty": 7.0}
+    assert recipes.train("tiny", out=tmp_path)["scores"] == plain | {"beauty": 7.0, "floor": 1.0}
     ((denoiser, *rest),) = asked
     assert isinstance(denoiser, Denoiser) and rest == [500, 500, settings]
     recipes.RECIPES["tiny"] = TINY | {"times": "logit-normal"}
@@ -453,9 +454,9 @@ def test_balanced_can_take_everything(generator):
 def test_balanced_checks_the_number(number):
     """Not a multiple, or more than the least class has: the error says what is asked and what came."""
     y = torch.tensor([0] * 20 + [1] * 4)
-    with pytest.raises(ValueError, match=f"^number must be a multiple of 2, and at most 8; got {number}"):
+    with pytest.raises(ValueError, match=f"^number must be a positive multiple of 2, and at most 8; got {number}"):
         recipes.balanced(torch.zeros(24, 1), y, number)
-    with pytest.raises(ValueError, match="at most 0; got 3"):  # no image of class 1 at all
+    with pytest.raises(ValueError, match="a positive multiple of 3, and at most 0; got 3"):  # none is a 1
         recipes.balanced(torch.zeros(2, 1), torch.tensor([0, 2]), 3)
 
 
@@ -575,6 +576,27 @@ def test_quality_is_decided_by_its_seed(judge, generator):
     assert torch.equal(torch.get_rng_state(), state)
     assert runs[0][0] == runs[1][0] != runs[2][0]
     assert torch.equal(runs[0][1], runs[1][1]) and not torch.equal(runs[0][1], runs[2][1])
+
+
+def test_floor_of_real_images(judge, generator):
+    """All images of both sets drawn: their distance by scipy; of part of them, equal parts of each class, from each set."""
+    train, test = few(30, generator), few(30, generator)
+    card = {"scored with": {"classifier": "judge", "samples": 300, "steps": 4, "draws": 1}}
+    expected = distance(judge.features(train[0]), judge.features(test[0]))
+    assert recipes._floor(card, train, test) == {"Fréchet distance of real images": pytest.approx(expected, abs=6e-5)}
+    assert recipes._floor(card, train, train)["Fréchet distance of real images"] == pytest.approx(0, abs=1e-4)
+    assert recipes._floor({}, train, test) == {}
+    judge.seen.clear()
+    card["scored with"]["samples"] = 60
+    found = recipes._floor(card, train, test)["Fréchet distance of real images"]
+    pairs = list(zip(judge.seen[::2], judge.seen[1::2], strict=True))
+    for pair in pairs:
+        for chosen, (x, y) in zip(pair, (train, test), strict=True):
+            where = (chosen[:, None] == x).flatten(2).all(2)
+            assert (where.sum(1) == 1).all() and (where.sum(0) <= 1).all()
+            assert y[where.int().argmax(1)].tolist() == [c for c in range(10) for _ in range(6)]
+    assert len({pair[0].sum().item() for pair in pairs}) == len(pairs) >= 8
+    assert found == pytest.approx(np.mean([distance(judge.features(a), judge.features(b)) for a, b in pairs]), abs=6e-5)
 
 
 # A table ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ class Classifier(nn.Module):
     Arguments:
         image_channels: Channels of the images, 1 for grey.
         num_classes: Number of classes.
-        width: Number of features, a multiple of 16.
+        width: Number of features, a multiple of 32.
 
     Shapes:
         x (B, C, H, W) → logits (B, num_classes).
