@@ -3,17 +3,15 @@
 import copy
 import math
 import os
-import signal
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dgm_course import resume
 from dgm_course.paths import DiscretePath, GaussianPath
 
 __all__ = ["Fit", "batches", "fit", "scaled"]
@@ -165,16 +163,16 @@ def fit(
     objective, optimizer = accelerator.prepare(_Objective(model, loss, bfloat16).train(), optimizer)
     done = Fit(ema=copy.deepcopy(model).requires_grad_(False).eval())
     if state is not None and Path(state).is_file():
-        _load(Path(state), model, optimizer, done, steps)
+        resume.load(Path(state), model, optimizer, done, steps)
     quiet = not progress or not accelerator.is_main_process or "TQDM_DISABLE" in os.environ
     halt = False
 
     def save():
         if state is not None and accelerator.is_main_process:
-            _save(Path(state), model, optimizer, done, steps)
+            resume.save(Path(state), model, optimizer, done, steps)
 
     with (
-        _stop_signals(state is not None) as stopped,
+        resume.stop_signals(state is not None) as stopped,
         tqdm(total=steps, initial=done.step, leave=False, disable=quiet) as bar,
     ):
         while done.step < steps and not halt:
@@ -278,57 +276,3 @@ def _generator(*key: int) -> torch.Generator:
     import numpy as np
 
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-@contextmanager
-def _stop_signals(active: bool) -> Iterator[Callable[[], bool]]:
-    """While active, Ctrl-C and SIGTERM wait for the end of the step, so that what is saved is whole."""
-    import threading
-
-    caught = []
-    if not active or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-def _save(file: Path, model: nn.Module, optimizer, done: Fit, steps: int) -> None:
-    """Write the state to a file beside, then rename: a crash leaves the old file or the new one, never half of one."""
-    content = {
-        "model": model.state_dict(),
-        "ema": done.ema.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "losses": torch.tensor(done.losses, dtype=torch.float64),
-        "step": done.step,
-        "seconds": done.seconds,
-        "steps": steps,
-        "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],  # dropout draws from these
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    torch.save(content, part)
-    os.replace(part, file)
-
-
-def _load(file: Path, model: nn.Module, optimizer, done: Fit, steps: int) -> None:
-    try:
-        with zipfile.ZipFile(file) as parts:  # `torch.load` does not look at their checksums
-            if damaged := parts.testzip():
-                raise ValueError(f"its part {damaged} is damaged")
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        if content["steps"] != steps:
-            raise ValueError(f"it was saved for steps = {content['steps']}, asked are {steps}")
-        model.load_state_dict(content["model"])
-        done.ema.load_state_dict(content["ema"])
-        optimizer.load_state_dict(content["optimizer"])
-        done.losses, done.step, done.seconds = content["losses"].tolist(), content["step"], content["seconds"]
-        processor, *others = content["random"]
-        torch.set_rng_state(processor)
-        torch.cuda.set_rng_state_all(others)
-    except Exception as error:
-        raise ValueError(f"state: cannot go on from {file}: {error}. Delete the file to start anew") from error

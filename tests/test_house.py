@@ -24,7 +24,7 @@ FLOORS = {
     "paths schedules toy divergences data checks": 0,
     "denoisers nets": 1,
     "losses samplers guidance likelihood vae gan flows cold equivariant": 2,
-    "tables training metrics checkpoints distillation editing latent clip peft": 3,
+    "tables resume training metrics checkpoints distillation editing latent clip peft": 3,
     "viz recipes": 4,
     "notebooks pages grading cli": 5,
 }

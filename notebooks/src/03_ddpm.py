@@ -1239,7 +1239,7 @@ claim("L_T is 0: the path ends in noise, exactly", terms[0].max() == 0)
 claim("no KL divergence is negative", terms[:-1].min() >= 0)
 claim("the whole bound is below 2.3 bits for a pixel", bits.sum() < 2.3)
 plots.curves(
-    path.times(200)[1:-1], {"L": bits[1:-1]}, "t, where the step ends", "bits per dimension of a step", logy=True
+    path.times(200)[1:-1].flip(0), {"L": bits[1:-1].flip(0)}, "t, where the step ends", "bits per dimension of a step", logy=True
 )
 # %% [markdown]
 # The curve shows the KL terms; $L_T$ is 0, and $L_0$, the last step, would lie above the picture. Nearly all bits go to the last few steps, where fine detail is settled that no eye can see. The upper half of the path, which decides *what* is drawn, costs next to nothing. So the bound cares little for what we care about, and a model with fewer bits need not draw better digits. This is one reason to
