@@ -57,6 +57,8 @@ digits, labels = data.images(data.load("mnist", "test"))
 # *diffusion*, and the idea of the model comes from there: a complicated distribution, followed through many small random
 # steps, turns into a simple one.
 #
+# (There are two ways to write this down: as a Markov chain of steps, as in this notebook, or as a stochastic differential equation, as in notebook 05. In the limit of many small steps they are the same.)
+#
 # A diffusion model has two processes.
 #
 # 1. **Forward:** add a little Gaussian noise to a clean image, again and again, until nothing but noise is left.
@@ -882,8 +884,18 @@ plots.curves(t, weights, "t", "weight in the bound", logx=True, logy=True)
 # challenging" steps.
 #
 # **What does the ideal network say?** A squared error is smallest at the mean. So the ideal $\epsilon_\theta$ is $\mathbb E[\epsilon\mid x_t]$, and the ideal $\hat x_0$ is $\mathbb E[x_0\mid x_t]$: the *average* of all
-# clean images that fit. Keep this in mind for the pictures below.
-#
+# clean images that fit. Keep this in mind for the pictures below. On the line we can compute both sides; and we find what the slide calls a nice theoretical interpretation: the ideal noise is, up to the factor $-\sqrt{1-\bar\alpha_t}$, the gradient of the log-density of the noisy data, $\nabla\log q(x_t)$, called the *score*. Notebook 05
+# starts from there.
+
+# %%
+x_100 = torch.tensor([[0.2]], dtype=torch.float64)
+of_x0 = exact_and_gaussian(100, 100, 0.2)[0].exp()  # the density of x_0, given x_100 = 0.2
+mean_x0 = torch.trapezoid(of_x0 * line, line)
+mean_noise = (0.2 - chain.alpha(100) * mean_x0) / chain.sigma(100)
+claim("the course's ideal denoiser is E[x_0 | x_t]", abs(two.denoiser(chain)(x_100, 100).item() - mean_x0) < 1e-8)
+claim("E[ε | x_t] = −√(1 − ᾱ_t) · score", abs(mean_noise + chain.sigma(100) * two.score(x_100, chain, 100).item()) < 1e-8)
+
+# %% [markdown]
 # > **Algorithm 1, Training.** Repeat: draw $x_0$ from the data, $t$ from $\{1,\dots,T\}$ and $\epsilon\sim\mathcal N(0, I)$; take a gradient step on $\lVert\epsilon-\epsilon_\theta(\sqrt{\bar\alpha_t}x_0+\sqrt{1-\bar\alpha_t}\epsilon, t)\rVert^2$.
 
 
@@ -1194,17 +1206,19 @@ drawn_with_labels = clipped(lambda xt, t: digit_model(xt, t, y=many_labels))
 noise = torch.randn(200, 1, 28, 28, generator=g)
 drawn = samplers.last(samplers.ddim(drawn_with_labels, digit_model.path, noise, digit_model.path.times(20)))
 train_digits, train_labels = data.images(data.load("mnist", "train"))
-real, other = (recipes.balanced(x, y, 200, g)[0] for x, y in ((digits, labels), (train_digits, train_labels)))
+real = recipes.balanced(digits, labels, 200, g)[0]
+others = [recipes.balanced(train_digits, train_labels, 200, g)[0] for _ in range(5)]
 with torch.no_grad():
-    drawn_f, real_f, other_f = (judge.features(x) for x in (drawn, real, other))
+    drawn_f, real_f, *others_f = (judge.features(x) for x in (drawn, real, *others))
     one_style_f = drawn_f[::20].repeat_interleave(20, 0)  # one digit of each class, twenty times
-    no_fours = drawn[many_labels != 4]
+    no_fours = drawn[many_labels != 4]  # as a model that forgot the 4 would draw
+    no_fours_f = drawn_f[many_labels != 4]
     scores = {
         name: metrics.inception_score(judge(x)) for name, x in {"real": real, "drawn": drawn, "no 4": no_fours}.items()
     }
 
 # %%
-floor = metrics.frechet_distance(other_f, real_f)
+floor = sum(metrics.frechet_distance(other, real_f) for other in others_f) / 5
 claim(
     "200 drawn digits are at most 2.5 times as far from real ones as real ones are",
     metrics.frechet_distance(drawn_f, real_f) < 2.5 * floor,
@@ -1212,12 +1226,14 @@ claim(
 claim("one style for each class is at least 5 times as far", metrics.frechet_distance(one_style_f, real_f) > 5 * floor)
 precision, recall = metrics.precision_recall(real_f, drawn_f)
 claim("drawn: precision and recall above 0.6", min(precision, recall) > 0.6)
+forgetful = metrics.precision_recall(real_f, no_fours_f)
+claim("without the digit 4 precision hardly changes, and recall falls", abs(forgetful[0] - precision) < 0.03 and forgetful[1] < recall - 0.03)
 claim("one style: recall below 0.2", metrics.precision_recall(real_f, one_style_f)[1] < 0.2)
 claim("the Inception score of real and drawn digits is above 9", min(scores["real"], scores["drawn"]) > 9)
 claim("without the digit 4 the Inception score is lower by at least 0.4", scores["no 4"] < scores["drawn"] - 0.4)
 
 # %% [markdown]
-# The Inception score does not look at real digits at all: one style for each class would pass it. Recall and the Fréchet distance notice.
+# A missing class lowers the Inception score, and recall, which loses the real fours; precision sees nothing. One style for each class: the Inception score does not look at real digits at all and would pass it. Recall and the Fréchet distance notice.
 #
 # Few images make a noisy score, so the model's card holds the scores from 2,000 digits (50 steps of DDIM), the means of several draws:
 
