@@ -78,6 +78,7 @@ times = [0, 50, 100, 200, 300, 400, 600, 800, 1000]
 eps = torch.randn(3, 1, 28, 28, generator=g)
 film = [chain.perturb(digits[:3], t, eps) for t in times]
 plots.film(film, times=times, rows=3, title="Forward: from data to noise")
+
 # %% [markdown]
 # Between step 300 and 400 the eye loses the class. After step 600 nothing can be seen of the digit, and the last column is noise.
 
@@ -126,6 +127,7 @@ def walk(x, steps, generator):
 spiral = toy.swiss_roll(2_000, g)
 walked = walk(spiral, 200, g)
 plots.overlay(spiral[:1000], walked[:1000], labels=["x₀", "x₂₀₀"])
+
 # %% [markdown]
 # The arms of the spiral can no longer be told apart: the noise is wider than the gap between them.
 #
@@ -228,6 +230,7 @@ claim(
 claim("the buggy one drifts by 5, on average over both coordinates", abs((bug - spiral[:2000]).mean() - 5) < 0.1)
 claim("and its first coordinate still follows the spiral's", torch.corrcoef(torch.stack([bug[:, 0], spiral[:2000, 0]]))[0, 1] > 0.9)
 plots.overlay(right, bug, labels=["right", "buggy"])
+
 # %% [markdown]
 # <details><summary>What is wrong</summary>
 #
@@ -270,6 +273,7 @@ for name, path in schedules.items():
     )
 t = torch.arange(1001)
 plots.curves(t, {name: path.alpha_bars for name, path in schedules.items()}, "t", "share of the image's variance, ᾱ")
+
 # %% [markdown]
 # All end near 0. The constant schedule spends half of its steps on what is noise already, and falling β is worse; the linear one lets the image fade over more of them. Only 1 % of the image's variance is left from step 459 on (constant β), 263 (falling β), 674 (linear β).
 #
@@ -421,6 +425,7 @@ keep, pull, variances = chain.bridge(t - 1, t)  # the weights of x_t and x_0 in 
 claim("at t = 1 the posterior is x_0, with variance 0", keep[0] == 0 and pull[0] == 1 and variances[0] == 0)
 weights = {"of xₜ": keep[:60], "of x₀": pull[:60]}
 plots.curves(t[:60], weights, "t", "weight in the posterior mean")
+
 # %% [markdown]
 # Near the data $x_0$ decides. Thirty steps away its weight is down to 0.06, and far out a single step moves the mean hardly at all. But there are many, and their small pulls add up.
 
@@ -521,6 +526,7 @@ at_a_tenth = [path.bridge(path.T // 10 - 1, path.T // 10)[2] / path.betas[path.T
 claim("at t = T/10, β̃/β rises with the number of steps", at_a_tenth[0] < at_a_tenth[1] < at_a_tenth[2])
 claim("β̃/β is 0 at t = 1 and above 0.9 from t = 20 on", lower[0] == 0 and (lower / upper)[19:].min() > 0.9)
 plots.curves(t[:100], {"β̃ / β": (lower / upper)[:100]}, "t", "ratio of the two bounds")
+
 # %% [markdown]
 # The gap between the bounds is whole at $t = 1$ (0 against $\beta_1$), and below 10 % from $t = 20$ on. *(The slide says that the range is small "when diffusion step is large": with many steps, at a fixed share $t/T > 0$. At $t = 2$ the ratio stays near ½, however many steps there are.)*
 #
@@ -689,6 +695,7 @@ claim(
 claim("here whole walks vary less than the sum of terms", whole_walks.var(1).mean() < three_terms.var(1).mean())
 claim("−log p_θ(x_0) ≤ the bound, at each x_0 (pointwise)", (-log_p < three_terms.mean(1)).all())
 plots.curves(x0, {"the bound": three_terms.mean(1), "−log p_θ(x₀)": -log_p}, "x₀", "nats")
+
 # %% [markdown]
 # The bound lies above at each $x_0$, and the gap is the KL divergence of section 4.1. (A density may exceed 1, so $-\log p$ may be negative.)
 #
@@ -954,6 +961,7 @@ snapshots = {"noise": start} | {f"{step} steps": x for step, x in seen.items()} 
 plots.film_points(
     list(snapshots.values()), times=list(snapshots), columns=6, title="What the model draws, as it learns"
 )
+
 # %% [markdown]
 # The shape comes first, the gap later: coarse before fine. Even at the end a few points lie in the gap. The loss would not have told you:
 
@@ -999,6 +1007,7 @@ shown = [200, 80, 50, 30, 15, 0]
 plots.film_points(
     [[start, *states][200 - t] for t in shown], times=shown, columns=6, title="Reverse: from noise to data"
 )
+
 # %% [markdown]
 # Until $t = 80$ the eye sees no change. Then the cloud tilts, the moons appear, and the last steps sharpen them.
 #
@@ -1027,6 +1036,7 @@ def blur(x):  # the distance of a point to the nearest of the eight centres, roo
 claim("Algorithm 2 keeps the blur of the data, 0.25", abs(blur(right) - 0.25) < 0.03)
 claim("the slide text's line loses more than half of it", blur(x) < 0.5 * 0.25)
 plots.overlay(right, x, labels=["Algorithm 2", "slide text"])
+
 # %% [markdown]
 # The line jumps to $\hat x_0$, the *mean* of all clean points that fit, and pretends that this is $x_{t-1}$. Each step draws an
 # average, and more than half of the blur is gone. (On images one would expect pictures that are too smooth; we have not tried it.)
@@ -1073,6 +1083,7 @@ plots.curves(
     "variance of what is drawn",
     logx=True,
 )
+
 # %% [markdown]
 # It is not exact: the true variance of a step lies between the two. The error falls like $1/T$; **in the limit** only the little remains that $\bar\alpha_T$ leaves of the data in $x_T$. Later notebooks do better with few steps.
 
@@ -1257,6 +1268,7 @@ claim("the whole bound is below 2.3 bits for a pixel", bits.sum() < 2.3)
 plots.curves(
     path.times(200)[1:-1].flip(0), {"L": bits[1:-1].flip(0)}, "t, where the step ends", "bits per dimension of a step", logy=True
 )
+
 # %% [markdown]
 # The curve shows the KL terms; $L_T$ is 0, and $L_0$, the last step, would lie above the picture. Nearly all bits go to the last few steps, where fine detail is settled that no eye can see. The upper half of the path, which decides *what* is drawn, costs next to nothing. So the bound cares little for what we care about, and a model with fewer bits need not draw better digits. This is one reason to
 # drop the weight.
