@@ -810,9 +810,7 @@ loss_1 = (0.5 - 0.3) ** 2 / (2 * 0.1**2) + math.log(2 * math.pi * 0.1**2) / 2  #
 claim("−log p has the plus sign", abs(loss_1 + normal(0.3, 0.1).log_prob(torch.tensor(0.5)).item()) < 1e-5)
 
 # %%
-levels = (torch.arange(256, dtype=torch.float64) / 127.5 - 1)[
-    :, None
-]  # the 256 grey levels, as 256 samples of one pixel
+levels = (torch.arange(256, dtype=torch.float64) / 127.5 - 1)[:, None]  # as 256 samples of one pixel
 one_pixel = {}
 for guess in (0.3, 1.0):
     terms = [
