@@ -106,7 +106,10 @@ beta, variance = sympy.symbols("beta V", positive=True)
 after = sympy.sqrt(1 - beta) ** 2 * variance + sympy.sqrt(beta) ** 2
 # `claim` prints ✓ and its text if the condition holds, and stops the notebook if it does not.
 claim("a variance of 1 stays 1", sympy.simplify(after.subs(variance, 1) - 1) == 0)
-claim("the distance of any variance from 1 shrinks by the factor 1 − β", sympy.simplify((after - 1) - (1 - beta) * (variance - 1)) == 0)
+claim(
+    "the distance of any variance from 1 shrinks by the factor 1 − β",
+    sympy.simplify((after - 1) - (1 - beta) * (variance - 1)) == 0,
+)
 
 # %% [markdown]
 # The step looks at $x_{t-1}$ and fresh noise only, not at what came before. So the forward process is a *Markov chain*, and the
@@ -189,7 +192,7 @@ claim("noise 5 % too large would be found", smallest_p(walked_from_one, louder) 
 # %%
 others = toy.swiss_roll(1000, g)
 jumped = chain.perturb(others, 200, torch.randn(others.shape, generator=g))
-plots.overlay(walked[:1000], jumped, labels=["200 steps", "one jump"]);
+plots.overlay(walked[:1000], jumped, labels=["200 steps", "one jump"])
 
 # %% [markdown]
 # The two clouds lie on each other. So training can jump to any $t$ at once, and one training step costs one call of the network, whatever $t$ is.
@@ -229,7 +232,10 @@ claim(
     "the right chain ends with mean 0 and deviation 1, nearly", abs(right.mean()) < 0.08 and abs(right.std() - 1) < 0.05
 )
 claim("the buggy one drifts by 5, on average over both coordinates", abs((bug - spiral[:2000]).mean() - 5) < 0.1)
-claim("and its first coordinate still follows the spiral's", torch.corrcoef(torch.stack([bug[:, 0], spiral[:2000, 0]]))[0, 1] > 0.9)
+claim(
+    "and its first coordinate still follows the spiral's",
+    torch.corrcoef(torch.stack([bug[:, 0], spiral[:2000, 0]]))[0, 1] > 0.9,
+)
 plots.overlay(right, bug, labels=["right", "buggy"])
 
 # %% [markdown]
@@ -391,11 +397,17 @@ curvature, slope = (
     a / (1 - a) + 1 / (1 - abar),
     lambda last: sympy.sqrt(a) / (1 - a) * XT + sympy.sqrt(abar) / (1 - abar) * last,
 )
-claim("slope / curvature is μ̃; without x_0 it is not", sympy.simplify(slope(X0) / curvature - mu_tilde) == 0 and sympy.simplify(slope(1) / curvature - mu_tilde) != 0)
+claim(
+    "slope / curvature is μ̃; without x_0 it is not",
+    sympy.simplify(slope(X0) / curvature - mu_tilde) == 0 and sympy.simplify(slope(1) / curvature - mu_tilde) != 0,
+)
 rest = sympy.expand(left - (curvature * XS**2 - 2 * slope(X0) * XS))  # the terms without x_{t−1}
 claim("what completing the square leaves is 0", sympy.simplify(rest - slope(X0) ** 2 / curvature) == 0)
 claim("with the slide text's coefficient it is not", sympy.simplify(rest - slope(1) ** 2 / curvature) != 0)
-claim("the factor in front of the exponential fits: √((1 − ᾱ_t) / (β_t (1 − ᾱ_{t−1}))) = 1/√β̃", sympy.simplify((1 - abar_t) / ((1 - a) * (1 - abar)) * beta_tilde) == 1)
+claim(
+    "the factor in front of the exponential fits: √((1 − ᾱ_t) / (β_t (1 − ᾱ_{t−1}))) = 1/√β̃",
+    sympy.simplify((1 - abar_t) / ((1 - a) * (1 - abar)) * beta_tilde) == 1,
+)
 
 # %% [markdown]
 # A second, independent check: Bayes' rule by brute force, with numbers on a fine grid, against the course's code, `chain.posterior`. Algebra checks the formula; numbers check the code.
@@ -461,6 +473,7 @@ claim("the posterior mean in terms of the noise", sympy.simplify(mu_tilde.subs(X
 #
 # This is exact, for any data and at every $x_t$. On the line we can look at both sides, with the densities of section 3.1 that Bayes' rule gave:
 
+
 # %%
 def variance_back(steps):
     density = exact_and_gaussian(steps)[0].exp()  # of x_{400 − steps}, given x_400 = 0.2
@@ -523,7 +536,10 @@ inside = (found["two humps"] > lower[some - 1]) & (found["two humps"] < upper[so
 claim("two humps: β̃ < E Var < β, at every t tried", inside.all())
 claim("N(0, 1): E Var = β, to 1e-9 of it", torch.allclose(found["N(0, 1)"], upper[some - 1], rtol=1e-9, atol=0))
 claim("N(0, 4): the upper bound fails at every t tried", (found["N(0, 4)"] > upper[some - 1]).all())
-at_a_tenth = [path.bridge(path.T // 10 - 1, path.T // 10)[2] / path.betas[path.T // 10] for path in map(DiscretePath, map(linear_betas, (50, 200, 1000)))]
+at_a_tenth = [
+    path.bridge(path.T // 10 - 1, path.T // 10)[2] / path.betas[path.T // 10]
+    for path in map(DiscretePath, map(linear_betas, (50, 200, 1000)))
+]
 claim("at t = T/10, β̃/β rises with the number of steps", at_a_tenth[0] < at_a_tenth[1] < at_a_tenth[2])
 claim("β̃/β is 0 at t = 1 and above 0.9 from t = 20 on", lower[0] == 0 and (lower / upper)[19:].min() > 0.9)
 plots.curves(t[:100], {"β̃ / β": (lower / upper)[:100]}, "t", "ratio of the two bounds")
@@ -620,7 +636,10 @@ for t in range(1, 51):
     keep, pull, _ = little.bridge(t - 1, t)
     mean = (keep + pull * little.alpha(t)) * odd[t]
     model = model + normal(mean, little.betas[t].sqrt()).log_prob(odd[t - 1])
-claim("log q(x_{1:T} | x_0) − log p_θ(x_{0:T}) = −log p_θ(x_0), walk by walk", torch.allclose(forwards - model, -normal(0.0, 1.0).log_prob(odd[0]), rtol=1e-10))
+claim(
+    "log q(x_{1:T} | x_0) − log p_θ(x_{0:T}) = −log p_θ(x_0), walk by walk",
+    torch.allclose(forwards - model, -normal(0.0, 1.0).log_prob(odd[0]), rtol=1e-10),
+)
 
 # %% [markdown]
 # Put the product into the bound, together with $p_\theta(x_{0:T}) = p(x_T)\,\prod_{t=2}^T p_\theta(x_{t-1}\mid x_t)\cdot p_\theta(x_0\mid x_1)$, and pair the factors:
@@ -693,7 +712,10 @@ claim(
     "both ways agree within 5 standard errors, at each x_0",
     ((whole_walks.mean(1) - three_terms.mean(1)).abs() < 5 * error).all(),
 )
-claim("on average over these x_0, whole walks vary less than the sum of terms", whole_walks.var(1).mean() < three_terms.var(1).mean())
+claim(
+    "on average over these x_0, whole walks vary less than the sum of terms",
+    whole_walks.var(1).mean() < three_terms.var(1).mean(),
+)
 claim("−log p_θ(x_0) ≤ the bound, at each x_0 (pointwise)", (-log_p < three_terms.mean(1)).all())
 plots.curves(x0, {"the bound": three_terms.mean(1), "−log p_θ(x₀)": -log_p}, "x₀", "nats")
 
@@ -705,7 +727,10 @@ plots.curves(x0, {"the bound": three_terms.mean(1), "−log p_θ(x₀)": -log_p}
 # %%
 log_q = two.log_prob(grid[:, None])
 average = [-torch.trapezoid(log_q.exp() * log, grid) for log in (log_q, p_grid.log())]
-claim("pointwise, −log p_θ(x_0) is below −log q(x_0) somewhere between the humps", (p_grid.log() > log_q)[grid.abs() < 0.5].any())
+claim(
+    "pointwise, −log p_θ(x_0) is below −log q(x_0) somewhere between the humps",
+    (p_grid.log() > log_q)[grid.abs() < 0.5].any(),
+)
 claim("on average over the data it is not", average[0] < average[1])
 
 # %% [markdown]
@@ -802,7 +827,10 @@ for variance, sigma2 in {"posterior": var, "beta": chain.betas[t]}.items():
 x0_of_noise = (XT - sympy.sqrt(1 - a) * eps_true) / sympy.sqrt(a)  # at t = 1, where ᾱ_1 = α_1
 square = (x0_of_noise - x0_of_noise.subs(eps_true, eps_guess)) ** 2 / (2 * (1 - a))
 claim("L_0's square is (ε − ε_θ)² / (2α_1)", sympy.simplify(square - (eps_true - eps_guess) ** 2 / (2 * a)) == 0)
-claim("the weight at t = 1, with σ² = β, is 1 / (2α_1) as well", sympy.simplify((factor**2 / (2 * (1 - a))).subs(abar, 1) - 1 / (2 * a)) == 0)
+claim(
+    "the weight at t = 1, with σ² = β, is 1 / (2α_1) as well",
+    sympy.simplify((factor**2 / (2 * (1 - a))).subs(abar, 1) - 1 / (2 * a)) == 0,
+)
 claim("β̃ is 0 there, so with σ² = β̃ the weight would be infinite", beta_tilde.subs(abar, 1) == 0)
 loss_1 = (0.5 - 0.3) ** 2 / (2 * 0.1**2) + math.log(2 * math.pi * 0.1**2) / 2  # x_0 = 0.5, μ = 0.3, σ_1 = 0.1, d = 1
 claim("−log p has the plus sign", abs(loss_1 + normal(0.3, 0.1).log_prob(torch.tensor(0.5)).item()) < 1e-5)
@@ -875,7 +903,10 @@ claim("it falls up to t = 350, then rises: it is not monotone", falls[:348].all(
 flattest = min(weights, key=lambda name: (weights[name].max() / weights[name].min()).item())
 claim("w of ε is the flattest of the four", flattest == "w of ε")
 snr = chain.alpha_bars / (1 - chain.alpha_bars)
-claim("w of x₀ is half of what the signal-to-noise ratio ᾱ/(1 − ᾱ) loses in the step", torch.allclose(w_x0, (snr[t - 1] - snr[t]) / 2))
+claim(
+    "w of x₀ is half of what the signal-to-noise ratio ᾱ/(1 − ᾱ) loses in the step",
+    torch.allclose(w_x0, (snr[t - 1] - snr[t]) / 2),
+)
 claim("the other three fall all the way", all((w.diff() < 0).all() for name, w in weights.items() if name != "w of ε"))
 plots.curves(t, weights, "t", "weight in the bound", logx=True, logy=True)
 
@@ -906,7 +937,9 @@ of_x0 = exact_and_gaussian(100, 100, 0.2)[0].exp()  # the density of x_0, given 
 mean_x0 = torch.trapezoid(of_x0 * line, line)
 mean_noise = (0.2 - chain.alpha(100) * mean_x0) / chain.sigma(100)
 claim("the course's ideal denoiser is E[x_0 | x_t]", abs(two.denoiser(chain)(x_100, 100).item() - mean_x0) < 1e-8)
-claim("E[ε | x_t] = −√(1 − ᾱ_t) · score", abs(mean_noise + chain.sigma(100) * two.score(x_100, chain, 100).item()) < 1e-8)
+claim(
+    "E[ε | x_t] = −√(1 − ᾱ_t) · score", abs(mean_noise + chain.sigma(100) * two.score(x_100, chain, 100).item()) < 1e-8
+)
 
 # %% [markdown]
 # > **Algorithm 1, Training.** Repeat: draw $x_0$ from the data, $t$ from $\{1,\dots,T\}$ and $\epsilon\sim\mathcal N(0, I)$; take a gradient step on $\lVert\epsilon-\epsilon_\theta(\sqrt{\bar\alpha_t}x_0+\sqrt{1-\bar\alpha_t}\epsilon, t)\rVert^2$.
@@ -1055,8 +1088,14 @@ with_posterior = samplers.last(
 )
 for name, drawn in {"β": states[-1], "β̃": with_posterior}.items():
     gap = torch.cdist(moons[:5000], drawn)
-    claim(f"{name}: on average a data point has a sample within 0.045 (a real point: 0.031)", gap.min(dim=1).values.mean() < 0.045)
-    claim(f"{name}: on average a sample has a data point within 0.03 (a real point: 0.014)", gap.min(dim=0).values.mean() < 0.03)
+    claim(
+        f"{name}: on average a data point has a sample within 0.045 (a real point: 0.031)",
+        gap.min(dim=1).values.mean() < 0.045,
+    )
+    claim(
+        f"{name}: on average a sample has a data point within 0.03 (a real point: 0.014)",
+        gap.min(dim=0).values.mean() < 0.03,
+    )
 
 # %% [markdown]
 # **Why so many steps?** Take $\mathcal N(0, 0.25)$ data, whose best guess is $\hat x_0 = k_t x_t$ with the $k_t$ of section 3.4. Then one step is $x_{t-1} = (b_t+c_t k_t)\,x_t+\sigma_t z$, with the weights $b_t$ of $x_t$ and $c_t$ of $x_0$ in $\tilde\mu_t$ (`keep` and `pull` in the code). So every $x_t$ is Gaussian, and its variance is multiplied by the square of the bracket and raised by $\sigma_t^2$. We can follow it without drawing anything. *What do you expect: is a chain with a perfect
@@ -1242,7 +1281,10 @@ claim("no 4: recall falls by at least 0.03", recall["no 4"] < recall["honest"] -
 claim("no 4: precision hardly changes", abs(precision["no 4"] - precision["honest"]) < 0.04)
 claim("one style: the Fréchet distance is above 1.4 floors", frechet["one style"] > 1.4 * floor)
 claim("one style: recall falls by at least 0.3", recall["one style"] < recall["honest"] - 0.3)
-claim("one style: precision and Inception score see nothing wrong", precision["one style"] > 0.8 and surety["one style"] > 9.7)
+claim(
+    "one style: precision and Inception score see nothing wrong",
+    precision["one style"] > 0.8 and surety["one style"] > 9.7,
+)
 
 # %% [markdown]
 # The Fréchet distance and recall notice both. Precision notices neither: all that was drawn is real. The Inception score notices the missing class alone, as it never looks at real digits.
@@ -1281,7 +1323,11 @@ claim("L_T is 0: the path ends in noise, exactly", terms[0].max() == 0)
 claim("no KL divergence is negative", terms[:-1].min() >= 0)
 claim("the whole bound is below 2.3 bits for a pixel", bits.sum() < 2.3)
 plots.curves(
-    path.times(200)[1:-1].flip(0), {"L": bits[1:-1].flip(0)}, "t, where the step ends", "bits per dimension of a step", logy=True
+    path.times(200)[1:-1].flip(0),
+    {"L": bits[1:-1].flip(0)},
+    "t, where the step ends",
+    "bits per dimension of a step",
+    logy=True,
 )
 
 # %% [markdown]
@@ -1347,7 +1393,16 @@ for predicts in table["vary"]["predicts"]:
         raise StopIteration  # planned are all the steps, on which the learning rate depends; three are enough
 
     with contextlib.suppress(StopIteration):
-        training.fit(fresh, losses.simple, batch, steps=table["steps"], precision="float32", progress=False, watch=stop, watch_every=3)
+        training.fit(
+            fresh,
+            losses.simple,
+            batch,
+            steps=table["steps"],
+            precision="float32",
+            progress=False,
+            watch=stop,
+            watch_every=3,
+        )
 
 # %%
 for row in table["rows"]:
