@@ -393,10 +393,16 @@ left -= (XT - sympy.sqrt(abar_t) * X0) ** 2 / (1 - abar_t)
 mu_tilde = (sympy.sqrt(a) * (1 - abar) * XT + sympy.sqrt(abar) * (1 - a) * X0) / (1 - abar_t)
 beta_tilde = (1 - abar) / (1 - abar_t) * (1 - a)
 claim("the square is complete, with remainder 0", sympy.simplify(left - (XS - mu_tilde) ** 2 / beta_tilde) == 0)
-curvature, slope = (
-    a / (1 - a) + 1 / (1 - abar),
-    lambda last: sympy.sqrt(a) / (1 - a) * XT + sympy.sqrt(abar) / (1 - abar) * last,
-)
+in_front = (1 - abar_t) / ((1 - a) * (1 - abar))  # the square of the three factors in front of the exponential
+claim("the factor in front of the exponential fits: it is 1/√β̃", sympy.simplify(in_front * beta_tilde) == 1)
+
+
+# %%
+def slope(last):  # what stands with x_{t−1}; `last` is x_0, which the slide text leaves out
+    return sympy.sqrt(a) / (1 - a) * XT + sympy.sqrt(abar) / (1 - abar) * last
+
+
+curvature = a / (1 - a) + 1 / (1 - abar)
 claim(
     "slope / curvature is μ̃; without x_0 it is not",
     sympy.simplify(slope(X0) / curvature - mu_tilde) == 0 and sympy.simplify(slope(1) / curvature - mu_tilde) != 0,
@@ -404,10 +410,6 @@ claim(
 rest = sympy.expand(left - (curvature * XS**2 - 2 * slope(X0) * XS))  # the terms without x_{t−1}
 claim("what completing the square leaves is 0", sympy.simplify(rest - slope(X0) ** 2 / curvature) == 0)
 claim("with the slide text's coefficient it is not", sympy.simplify(rest - slope(1) ** 2 / curvature) != 0)
-claim(
-    "the factor in front of the exponential fits: √((1 − ᾱ_t) / (β_t (1 − ᾱ_{t−1}))) = 1/√β̃",
-    sympy.simplify((1 - abar_t) / ((1 - a) * (1 - abar)) * beta_tilde) == 1,
-)
 
 # %% [markdown]
 # A second, independent check: Bayes' rule by brute force, with numbers on a fine grid, against the course's code, `chain.posterior`. Algebra checks the formula; numbers check the code.
@@ -896,6 +898,9 @@ weights = {
     "w of ε": w_x0 * chain.sigma(t) ** 2 / chain.alpha(t) ** 2,
     "w of v": w_x0 * chain.sigma(t) ** 2,
 }
+plots.curves(t, weights, "t", "weight in the bound", logx=True, logy=True)
+
+# %%
 by_slide = chain.betas[t] ** 2 / (2 * beta_tilde_t * (1 - chain.betas[t]) * chain.sigma(t) ** 2)
 claim("w of ε is the slide's weight", torch.allclose(weights["w of ε"], by_slide, rtol=1e-9))
 falls = by_slide.diff() < 0
@@ -908,7 +913,6 @@ claim(
     torch.allclose(w_x0, (snr[t - 1] - snr[t]) / 2),
 )
 claim("the other three fall all the way", all((w.diff() < 0).all() for name, w in weights.items() if name != "w of ε"))
-plots.curves(t, weights, "t", "weight in the bound", logx=True, logy=True)
 
 # %% [markdown]
 # An error in $x_0$ counts more than a billion times as much at $t = 2$ as at $t = 1000$. For the noise the weight changes by a factor of 120 only, the least of the four, which is one reason to predict it. It is least at $t = 350$ and then doubles towards the end. The weights of $\epsilon$ and $v$ agree while the image is hardly noisy, and those of $x_0$ and $v$ when it is nearly all noise.
