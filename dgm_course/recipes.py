@@ -42,6 +42,11 @@ RECIPES = {
     },
     "mnist-unet": {
         "what": "class-conditional U-Net on MNIST, v-prediction on the cosine path, labels dropped 10 %",
+        "helped": [
+            "times logit-normal and not uniform: Fréchet distance 0.218 and not 0.297 after 1,500 steps, as asked 89 % in both",
+            "40 channels at the first level and not 32, for a fifth more time a step: not measured by itself",
+            "32,000 steps and not 7,000, in about the same minutes: bfloat16 where the processor multiplies it natively",
+        ],
         "data": "mnist",
         "net": {"class": "UNet", "channels": [40, 64], "blocks": [2, 3], "attention": True, "num_classes": 10},
         "path": {"class": "Cosine"},
