@@ -31,7 +31,10 @@ def stop_signals(active: bool) -> Iterator[Callable[[], bool]]:
 
 
 def save(file: Path, model: nn.Module, optimizer, done, steps: int) -> None:
-    """Write the state, `done` being a `training.Fit`, to a file beside, then rename: a crash leaves the old file or the new one, never half of one."""
+    """Write the state, `done` being a `training.Fit`.
+
+    To a file beside, then renamed: a crash leaves the old file or the new one, never half of one.
+    """
     content = {
         "model": model.state_dict(),
         "ema": done.ema.state_dict(),
