@@ -868,7 +868,7 @@ claim("guess 1: a third is missing", 0.33 < 1 - one_pixel[1.0] < 0.36)
 #
 # The slide lets it predict $\epsilon$. It may as well predict $x_0$, the mean $\mu$, or $v = \sqrt{\bar\alpha_t}\,\epsilon-\sqrt{1-\bar\alpha_t}\,x_0$. Given $x_t$, each gives the others while $0<\bar\alpha_t<1$. And an error of one is an error of the others, times a factor of $t$:
 #
-# $$\tilde\mu_t-\mu_\theta = c_t\,(x_0-\hat x_0),\qquad x_0-\hat x_0 = -\tfrac{\sqrt{1-\bar\alpha_t}}{\sqrt{\bar\alpha_t}}\,(\epsilon-\epsilon_\theta),\qquad x_0-\hat x_0 = -\sqrt{1-\bar\alpha_t}\;(v-v_\theta).$$
+# $$\tilde\mu_t-\mu_\theta = c_t\,(x_0-\hat x_0),\qquad x_0-\hat x_0 = -\tfrac{\sqrt{1-\bar\alpha_t}}{\sqrt{\bar\alpha_t}}\,(\epsilon-\epsilon_\theta) = -\sqrt{1-\bar\alpha_t}\;(v-v_\theta).$$
 
 # %%
 v_true, x_guess = sympy.symbols("v x_guess", real=True)
