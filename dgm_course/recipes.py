@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dgm_course import checkpoints, data, losses, metrics, samplers, tables, training
 from dgm_course.denoisers import Denoiser, clipped
 
-__all__ = ["RECIPES", "balanced", "names", "quality", "train"]
+__all__ = ["RECIPES", "names", "quality", "train"]
 
 RECIPES = {
     "mnist-classifier": {
@@ -46,6 +46,7 @@ RECIPES = {
             "times logit-normal and not uniform: Fréchet distance 0.218 and not 0.297 after 1,500 steps, as asked 89 % in both",
             "40 channels at the first level and not 32, for a fifth more time a step: not measured by itself",
             "32,000 steps and not 7,000, in about the same minutes: bfloat16 where the processor multiplies it natively",
+            "DDIM with eta 0.5 and not 0: Fréchet distance 0.0442 and not 0.0464, as asked 98.1 % and not 98.0 %, 3 draws each",
         ],
         "data": "mnist",
         "net": {"class": "UNet", "channels": [40, 64], "blocks": [2, 3], "attention": True, "num_classes": 10},
@@ -56,7 +57,7 @@ RECIPES = {
         "batch": 128,
         "seed": 0,
         "fit": {"ema": 0.9995},
-        "scored with": {"classifier": "mnist-classifier", "samples": 2000, "steps": 50, "draws": 3},
+        "scored with": {"classifier": "mnist-classifier", "samples": 2000, "steps": 50, "eta": 0.5, "draws": 3},
     },
 }
 
@@ -134,7 +135,7 @@ def _floor(card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
     judge = checkpoints.load(settings["classifier"])
     with torch.no_grad():
         pairs = [
-            [judge.features(balanced(*images, settings["samples"], g)[0]) for images in (train, test)]
+            [judge.features(data.balanced(*images, settings["samples"], g)[0]) for images in (train, test)]
             for _ in range(max(8, settings["draws"]))
         ]
     distances = [metrics.frechet_distance(a, b) for a, b in pairs]
@@ -180,7 +181,16 @@ def _classification(card: dict, classifier: nn.Module, x: Tensor, y: Tensor) -> 
 
 
 def quality(
-    denoiser: Denoiser, x: Tensor, y: Tensor, *, classifier: str, samples: int, steps: int, draws: int, seed: int = 0
+    denoiser: Denoiser,
+    x: Tensor,
+    y: Tensor,
+    *,
+    classifier: str,
+    samples: int,
+    steps: int,
+    draws: int,
+    eta: float = 0.0,
+    seed: int = 0,
 ) -> dict[str, float]:
     """How good a class-conditional model's samples are, to a shipped classifier: as many of each class, by DDIM.
 
@@ -190,6 +200,7 @@ def quality(
         classifier: Name of the checkpoint whose features and answers are used.
         samples: Samples in a draw, in equal parts of every class, compared with as many of `x`.
         steps: Steps of DDIM, equally spaced.
+        eta: DDIM's share of fresh noise.
         draws: Independent draws of samples and of images; the scores are their means.
 
     Returns:
@@ -199,35 +210,19 @@ def quality(
     asked = torch.arange(int(y.max()) + 1).repeat_interleave(samples // (int(y.max()) + 1))
     right, distance = [], []
     for _ in range(draws):
-        drawn, real = [], balanced(x, y, samples, g)[0]
+        drawn, real = [], data.balanced(x, y, samples, g)[0]
         for labels in asked.split(250):
             conditional = clipped(lambda xt, t, labels=labels: denoiser(xt, t, y=labels))
             noise = torch.randn(len(labels), *x.shape[1:], generator=g)
-            drawn.append(samplers.last(samplers.ddim(conditional, denoiser.path, noise, denoiser.path.times(steps))))
+            times = denoiser.path.times(steps)
+            states = samplers.ddim(conditional, denoiser.path, noise, times, eta=eta, generator=g)
+            drawn.append(samplers.last(states))
         drawn = torch.cat(drawn)
         with torch.no_grad():
             right.append((judge(drawn).argmax(1) == asked).double().mean().item())
             distance.append(metrics.frechet_distance(judge.features(drawn), judge.features(real)))
     mean = {"classified as asked": sum(right) / draws, "Fréchet distance": sum(distance) / draws}
     return {name: round(value, 4) for name, value in mean.items()}
-
-
-def balanced(x: Tensor, y: Tensor, number: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """`number` of the images and their labels, as many of each class, drawn without replacement and in order of class.
-
-    Raises:
-        ValueError: If there are not enough of a class, or `number` is not a multiple of the number of classes.
-    """
-    classes = int(y.max()) + 1
-    if number < 1 or number % classes or number // classes > y.bincount().min():
-        asked = f"a positive multiple of {classes}, and at most {classes * int(y.bincount().min())}"
-        raise ValueError(f"number must be {asked}; got {number}")
-    chosen = []
-    for c in range(classes):
-        members = (y == c).nonzero()[:, 0]
-        chosen.append(members[torch.randperm(len(members), generator=generator)[: number // classes]])
-    chosen = torch.cat(chosen)
-    return x[chosen], y[chosen]
 
 
 def _moved(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -430,7 +430,7 @@ def test_balanced(number, generator):
     """As many of each class, in order of class, each image with its label and none twice, in a new choice each time."""
     y = torch.arange(47).flip(0) % 3
     x = torch.arange(47.0)[:, None, None, None].expand(-1, 1, 2, 2)
-    draws = [recipes.balanced(x, y, number, generator) for _ in range(40)]
+    draws = [data.balanced(x, y, number, generator) for _ in range(40)]
     for chosen, labels in draws:
         assert labels.tolist() == [c for c in range(3) for _ in range(number // 3)]
         kept = chosen[:, 0, 0, 0].long()
@@ -444,9 +444,9 @@ def test_balanced_can_take_everything(generator):
     """As many as there are: every image once; one seed, one choice."""
     y = torch.arange(40) % 4
     x = torch.arange(40.0)
-    chosen, _ = recipes.balanced(x, y, 40, generator)
+    chosen, _ = data.balanced(x, y, 40, generator)
     assert torch.equal(chosen.sort().values, x)
-    one, two = (recipes.balanced(x, y, 8, torch.Generator().manual_seed(1))[0] for _ in "ab")
+    one, two = (data.balanced(x, y, 8, torch.Generator().manual_seed(1))[0] for _ in "ab")
     assert torch.equal(one, two)
 
 
@@ -455,9 +455,9 @@ def test_balanced_checks_the_number(number):
     """Not a multiple, or more than the least class has: the error says what is asked and what came."""
     y = torch.tensor([0] * 20 + [1] * 4)
     with pytest.raises(ValueError, match=f"^number must be a positive multiple of 2, and at most 8; got {number}"):
-        recipes.balanced(torch.zeros(24, 1), y, number)
+        data.balanced(torch.zeros(24, 1), y, number)
     with pytest.raises(ValueError, match="a positive multiple of 3, and at most 0; got 3"):  # none is a 1
-        recipes.balanced(torch.zeros(2, 1), torch.tensor([0, 2]), 3)
+        data.balanced(torch.zeros(2, 1), torch.tensor([0, 2]), 3)
 
 
 # Quality of samples -------------------------------------------------------------------------------------------------
@@ -576,6 +576,24 @@ def test_quality_is_decided_by_its_seed(judge, generator):
     assert torch.equal(torch.get_rng_state(), state)
     assert runs[0][0] == runs[1][0] != runs[2][0]
     assert torch.equal(runs[0][1], runs[1][1]) and not torch.equal(runs[0][1], runs[2][1])
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_quality_draws_with_the_eta_it_is_given(eta, judge, generator, monkeypatch):
+    """DDIM's share of fresh noise, from the generator of the draw and not from the global one."""
+    ddim, seen = recipes.samplers.ddim, []
+
+    def recorded(*arguments, **options):
+        seen.append(options)
+        return ddim(*arguments, **options)
+
+    monkeypatch.setattr(recipes.samplers, "ddim", recorded)
+    x, y = few(30, generator)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    recipes.quality(Memory(x), x, y, classifier="judge", samples=50, steps=2, draws=1, eta=eta)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [options["eta"] for options in seen] == [eta] and isinstance(seen[0]["generator"], torch.Generator)
 
 
 def test_floor_of_real_images(judge, generator):

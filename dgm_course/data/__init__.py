@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "content_hash", "images", "load"]
+__all__ = ["NAMES", "balanced", "content_hash", "images", "load"]
 
 FOLDER = Path(__file__).parent
 NAMES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}  # with their names on the hub
@@ -80,6 +80,29 @@ def images(dataset, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]
     pixels = np.stack([np.asarray(Image().decode_example(image)) for image in table["image"].to_pylist()])
     x = torch.from_numpy(pixels)[:, None].to(device, torch.float32) / 127.5 - 1
     return x, torch.tensor(table["label"].to_pylist(), device=device)
+
+
+def balanced(x: Tensor, y: Tensor, number: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """`number` of the images and their labels, as many of each class, drawn without replacement and in order of class.
+
+    Raises:
+        ValueError: If there are not enough of a class, or `number` is not a multiple of the number of classes.
+
+    Example:
+        >>> x, y = balanced(torch.zeros(6, 1, 28, 28), torch.tensor([0, 1, 0, 1, 1, 0]), 4)
+        >>> len(x), y.tolist()
+        (4, [0, 0, 1, 1])
+    """
+    classes = int(y.max()) + 1
+    if number < 1 or number % classes or number // classes > y.bincount().min():
+        asked = f"a positive multiple of {classes}, and at most {classes * int(y.bincount().min())}"
+        raise ValueError(f"number must be {asked}; got {number}")
+    chosen = []
+    for c in range(classes):
+        members = (y == c).nonzero()[:, 0]
+        chosen.append(members[torch.randperm(len(members), generator=generator)[: number // classes]])
+    chosen = torch.cat(chosen)
+    return x[chosen], y[chosen]
 
 
 def content_hash(x: Tensor, y: Tensor) -> str:
