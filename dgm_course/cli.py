@@ -1,4 +1,4 @@
-"""The command line: `dgm-course run | build | train | bench`."""
+"""The command line: `dgm-course run | build | train | grade | gradescope | release | bench`."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 __all__ = ["app"]
 
@@ -21,6 +21,9 @@ app = typer.Typer(
 console = Console(highlight=False)
 
 Names = Annotated[list[str] | None, typer.Argument(help="Which notebooks, such as 03_vae or just 03; all by default.")]
+Sources = Annotated[
+    list[str] | None, typer.Argument(help="Which notebooks or homework, such as 03 or hw3; all by default.")
+]
 
 
 @app.command()
@@ -58,25 +61,42 @@ def run(
 
 @app.command()
 def build(
-    names: Names = None,
+    names: Sources = None,
     stale: Annotated[bool, typer.Option("--stale", help="Only those that differ from their source.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Only say what is stale, and fail if anything is.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one cell may take.")] = 300,
 ) -> None:
-    """Make the executed notebooks/*.ipynb from notebooks/src/*.py."""
-    from dgm_course import notebooks
+    """Make the executed notebooks from notebooks/src/*.py, and stubs and solutions of the homework from solutions/*.py."""
+    from dgm_course import notebooks, stubs
 
-    folder = repository() / "notebooks"
-    chosen = choose(names, (folder / "src").glob("*.py"))
+    root = repository()
+    folder = root / "notebooks"
+    homework = sorted((root / "solutions").glob("*.py"))
+    chosen = choose(names, [*(folder / "src").glob("*.py"), *homework])
+
+    def faults(source: Path) -> list[str]:
+        try:
+            return (
+                stubs.stale(source) if source in homework else notebooks.stale(source, folder / f"{source.stem}.ipynb")
+            )
+        except notebooks.NotebookError as error:
+            return [str(error)]
+
+    def make(source: Path) -> None:
+        if source in homework:
+            stubs.build(source, timeout)
+        else:
+            notebooks.build(source, folder, timeout)
+
     if stale or check:
-        found = {source: notebooks.stale(source, folder / f"{source.stem}.ipynb") for source in chosen}
+        found = {source: faults(source) for source in chosen}
         chosen = [source for source in chosen if found[source]]
     if check:
         for source in chosen:
             console.print(f"{source.stem} is stale: {'; '.join(found[source])}", soft_wrap=True)
         raise typer.Exit(1 if chosen else 0)
-    failed = each(chosen, lambda source: notebooks.build(source, folder, timeout))
-    console.print(f"{len(chosen) - failed} of {len(chosen)} notebooks built in {folder}")
+    failed = each(chosen, make)
+    console.print(f"{len(chosen) - failed} of {len(chosen)} notebooks built in {root}")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -98,6 +118,105 @@ def train(
 
 
 @app.command()
+def grade(
+    submissions: Annotated[list[Path], typer.Argument(help="Notebooks, or folders of them.")],
+    homework: Annotated[str, typer.Option(help="Which homework, such as hw3.")],
+    out: Annotated[Path, typer.Option(help="Folder for the grades; one that is there already is gone on with.")],
+    jobs: Annotated[int, typer.Option(min=1, help="How many submissions at a time.")] = 2,
+    tests: Annotated[Path | None, typer.Option(help="Folder of hidden tests; tests/hidden by default.")] = None,
+    notebook_seconds: Annotated[float, typer.Option(min=1, help="Time to execute one notebook.")] = 60,
+    exercise_seconds: Annotated[float, typer.Option(min=0.1, help="Time for all cases of one exercise.")] = 10,
+    memory_gb: Annotated[float, typer.Option(min=4, help="Memory of a process; importing torch takes 3.3.")] = 6,
+    trust: Annotated[bool, typer.Option("--trust", help="Go on where there is no sandbox.")] = False,
+    dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers grade.")] = None,
+) -> None:
+    """Grade notebooks by the hidden tests; stopped, the same command goes on where it was."""
+    from dgm_course.grading import run, submission
+    from dgm_course.grading.exercise import load
+    from dgm_course.grading.grade import Limits
+
+    limits = Limits(notebook_seconds, exercise_seconds, memory_gb)
+    file = (tests or repository() / "tests" / "hidden") / f"{homework}.py"
+    if any(out.resolve().is_relative_to(place.resolve()) for place in submissions):
+        stop(f"OUT must lie outside of SUBMISSIONS, or its files would be graded; got {out}")
+    try:
+        load(file)
+        if not (found := submission.find(submissions)):
+            stop(f"SUBMISSIONS must hold notebooks; there is nothing in {', '.join(map(str, submissions))}")
+        frozen = run.open_folder(out, homework, file.read_text(encoding="utf-8"), limits)
+    except (ValueError, OSError) as error:
+        stop(str(error))
+    try:
+        code = collect(run.grade_all(found, frozen, limits, out, jobs=jobs, trust=trust, dask=dask), len(found), out)
+    except (run.Untrusted, ModuleNotFoundError, ConnectionError) as error:
+        stop(str(error))
+    raise typer.Exit(code)
+
+
+def collect(graded: Iterable[dict], total: int, out: Path) -> int:
+    """Show each result as it comes, then write the reports of those that there are; the exit code."""
+    from dgm_course.grading import report
+
+    columns = SpinnerColumn(), TextColumn("{task.completed} of {task.total}"), BarColumn(), TimeElapsedColumn()
+    results, start, code = [], time.perf_counter(), 0
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("grading", total=total)
+            for result in graded:
+                results.append(result)
+                progress.advance(task)
+                text = f"{result['student']}  {result['score']:g} of {result['max_score']:g}  {result['problem'] or ''}"
+                console.print(text, markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        if results:
+            report.write(out, results)
+    again = total - len(results) + sum("retry" in result for result in results)
+    book = f" Gradebook: {out / 'gradebook.csv'}" if results else ""
+    done = f"{len(results)} of {total} submissions in {time.perf_counter() - start:.0f} s.{book}"
+    console.print(f"\n{done}", markup=False, soft_wrap=True)
+    if again:
+        console.print(f"{'Stopped. ' if code else ''}{again} left: the same command goes on with them.")
+    return code or bool(again)
+
+
+@app.command()
+def gradescope(
+    homework: Annotated[str, typer.Option(help="Which homework, such as hw3.")],
+    out: Annotated[Path | None, typer.Option(help="The zip file; build/HOMEWORK_autograder.zip by default.")] = None,
+) -> None:
+    """Write the autograder zip to upload to Gradescope."""
+    from dgm_course.grading.gradescope import bundle
+
+    root = repository()
+    try:
+        target = bundle(root, homework, (out or root / "build" / f"{homework}_autograder.zip").resolve())
+    except ValueError as error:
+        stop(str(error))
+    console.print(f"{target}: {target.stat().st_size / 2**20:.1f} MB", soft_wrap=True)
+
+
+@app.command()
+def release(
+    repo: Annotated[str, typer.Option(help="The students' repository on GitHub, OWNER/NAME.")],
+    tag: Annotated[str, typer.Option(help="The tag of it that badges and set-up cells name.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; it must not exist, or be empty.")],
+) -> None:
+    """Write what students get: notebooks, stubs and the package; no solutions and no hidden tests."""
+    from dgm_course.release import write
+
+    try:
+        names = write(repository(), repo, tag, out)
+    except ValueError as error:
+        stop(str(error))
+    for name in names:
+        if name.endswith(".ipynb"):
+            console.print(name, markup=False)
+    console.print(f"{len(names)} files in {out}, to be tagged {tag} in {repo}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def bench() -> None:
     """Run every benchmark of bench/."""
     root = repository()
@@ -112,9 +231,9 @@ def repository() -> Path:
     """The folder, from the current one upwards, that holds the course; stops where there is none."""
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / "notebooks" / "src").is_dir():
+        if (folder / "notebooks" / "src").is_dir() or (folder / "dgm_course" / "homework").is_dir():  # or a released tree
             return folder
-    stop(f"run this inside the course's repository: neither {here} nor a folder above it holds notebooks/src")
+    stop(f"run this inside the course: neither {here} nor a folder above it holds notebooks/src or dgm_course/homework")
 
 
 def choose(names: list[str] | None, files: Iterable[Path]) -> list[Path]:

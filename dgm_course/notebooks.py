@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["NotebookError", "build", "execute", "from_source", "stale"]
+__all__ = ["NotebookError", "build", "compare", "execute", "finished", "from_source", "stale", "with_ids", "write"]
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -122,11 +122,16 @@ def from_source(source: str | Path):
     except ImportError as error:
         raise needs_dev(error) from error
     notebook = jupytext.read(source, fmt="py:percent")
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return with_ids(notebook)
+
+
+def with_ids(notebook):
+    """The same notebook, the id of each cell made of its place and content."""
     for index, cell in enumerate(notebook.cells):
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()
         cell.id = f"{index:03d}-{digest[:8]}"
-    notebook.metadata = nbformat.from_dict(METADATA)
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
     return notebook
 
 
@@ -136,8 +141,13 @@ def build(source: str | Path, folder: str | Path, timeout: float = 300) -> Path:
     Raises:
         NotebookError: If a cell fails.
     """
-    notebook = from_source(source)
     target = Path(folder) / f"{Path(source).stem}.ipynb"
+    write(finished(from_source(source), target, timeout), target)
+    return target
+
+
+def finished(notebook, target: Path, timeout: float):
+    """Run a notebook node as the file `target` would run; the same node comes back as it is to be stored there."""
     run_cells(notebook, target.stem, target.parent, timeout)
     notebook.metadata = dict(METADATA)  # without the state of widgets, which need a kernel anyway
     for cell in notebook.cells:
@@ -146,8 +156,7 @@ def build(source: str | Path, folder: str | Path, timeout: float = 300) -> Path:
                 "data", {}
             ):  # until the cell is run, the slider that needs no kernel is the better one
                 output.data.pop(WIDGET, None)
-    write(notebook, target)
-    return target
+    return notebook
 
 
 def write(notebook, target: Path) -> None:
@@ -166,11 +175,16 @@ def stale(source: str | Path, built: str | Path) -> list[str]:
 
     Compares the type, the text, the tags and the id of each cell. An empty list means up to date.
     """
+    return compare(from_source(source), built)
+
+
+def compare(notebook, built: str | Path) -> list[str]:
+    """The same for a notebook node in the place of the source."""
     import nbformat
 
     if not Path(built).is_file():
         return [f"{built} does not exist"]
-    return list(differences(from_source(source).cells, nbformat.read(built, as_version=4).cells))
+    return list(differences(notebook.cells, nbformat.read(built, as_version=4).cells))
 
 
 def differences(wanted: list, found: list) -> Iterator[str]:

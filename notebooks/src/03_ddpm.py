@@ -1445,6 +1445,8 @@ for row in table["rows"]:
 # - $\bar\alpha_0 = 1$ belongs in the table. Code that starts its table at $\bar\alpha_1$ needs a special case in every formula with $\bar\alpha_{t-1}$.
 # - With another number of steps, scale $\beta$: $\bar\alpha_T$ must stay near 0.
 #
+# **Homework:** [six exercises](../homework/hw3_ddpm.ipynb) next to this notebook: noise schedules that end in pure noise, skipped steps, $v$, the weights of the bound.
+#
 # **References**
 #
 # - Ho, Jain, Abbeel: [*Denoising Diffusion Probabilistic Models*](https://arxiv.org/abs/2006.11239), 2020. The lecture's main source.

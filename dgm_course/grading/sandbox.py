@@ -1,0 +1,143 @@
+"""Where a submission runs: behind walls, as far as the machine has them.
+
+Level "bubblewrap": namespaces of its own for processes, network and files; it sees the system's programs, the Python
+environment and `dgm_course`, all read-only, and a small `/tmp`; it has no capability and an unprivileged user. Level "user":
+another user without these walls, which takes root. Level "none": limits on memory, time and processes only.
+"""
+
+import contextlib
+import functools
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import dgm_course
+
+__all__ = ["LEVELS", "level", "sandboxed"]
+
+LEVELS = ("bubblewrap", "user", "none")  # the strongest first
+TMP = 256 * 2**20  # bytes that a submission may write
+ENV = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/tmp",
+    "USER": "student",
+    "LOGNAME": "student",
+    "LANG": "C.UTF-8",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
+    "DGM_GRADING": "1",  # the checks in a notebook stay silent
+}
+
+
+@functools.cache
+def level() -> str:
+    """The strongest level that works on this machine; each is tried."""
+    for name in LEVELS[:-1]:
+        with contextlib.suppress(OSError, subprocess.SubprocessError), sandboxed(name) as (prefix, where):
+            probe = [*prefix, sys.executable, "-c", "import os, sys; sys.exit(os.geteuid() == 0)"]
+            if subprocess.run(probe, capture_output=True, timeout=30, **where).returncode == 0:
+                return name
+    return "none"
+
+
+@contextlib.contextmanager
+def sandboxed(name: str) -> Iterator[tuple[list[str], dict]]:
+    """What to put before a command so that it runs at a level, and arguments for `subprocess.Popen`.
+
+    When the block ends, nothing of the sandbox is left: no folder, no process of its user.
+    """
+    uid = 61_000 + secrets.randbelow(4_000)  # one for each submission: users are counted and killed one by one
+    package = Path(dgm_course.__file__).parent
+    if name == "bubblewrap":
+        yield bubblewrap(uid, package), {"env": {**ENV, "PYTHONPATH": "/course"}, "cwd": "/"}
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        env = {**ENV, "HOME": home, "TMPDIR": home, "PYTHONPATH": str(package.parent)}
+        if name == "none":
+            yield [], {"env": env, "cwd": home}
+            return
+        os.chown(home, uid, uid)
+        try:
+            yield drop(uid), {"env": env, "cwd": home}
+        finally:
+            kill_all(uid)
+
+
+def bubblewrap(uid: int, package: Path) -> list[str]:
+    """The walls of level "bubblewrap", by root or by a user who may make user namespaces."""
+    if not shutil.which("bwrap"):
+        raise FileNotFoundError("bwrap is not installed")
+    root = os.geteuid() == 0
+    walls = [
+        "bwrap",
+        "--die-with-parent",
+        "--new-session",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-ipc",
+        "--unshare-uts",
+    ]
+    walls += ["--unshare-cgroup-try", "--hostname", "sandbox", "--proc", "/proc", "--dev", "/dev"]
+    walls += (
+        []
+        if root
+        else ["--unshare-user", "--disable-userns", "--uid", str(uid), "--gid", str(uid), "--cap-drop", "ALL"]
+    )
+    for folder in ("/tmp", "/dev/shm"):
+        walls += ["--perms", "1777", "--size", str(TMP), "--tmpfs", folder]
+    walls += ["--ro-bind", "/usr", "/usr"]
+    for folder in ("/bin", "/lib", "/lib64", "/sbin"):
+        if os.path.islink(folder):
+            walls += ["--symlink", os.readlink(folder), folder]
+        elif os.path.isdir(folder):
+            walls += ["--ro-bind", folder, folder]
+    walls += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    for folder in sorted({sys.prefix, sys.base_prefix}):
+        walls += [*parents(folder), "--ro-bind", folder, folder]
+    walls += ["--perms", "0755", "--dir", "/course", "--ro-bind", str(package), "/course/dgm_course"]
+    walls += ["--remount-ro", "/", "--chdir", "/tmp"]
+    if not root:
+        return walls
+    # Root makes the walls without a user namespace, for it may read what a home folder hides; then it becomes nobody. A second
+    # pair of walls is there only to take away the right to make user namespaces.
+    inner = [
+        "bwrap",
+        "--unshare-user",
+        "--disable-userns",
+        "--die-with-parent",
+        "--dev-bind",
+        "/",
+        "/",
+        "--chdir",
+        "/tmp",
+    ]
+    return [*walls, *drop(uid), *inner]
+
+
+def parents(folder: str) -> list[str]:
+    """Make the folders above a mount so that everybody may pass through them."""
+    return [word for above in reversed(Path(folder).parents[:-1]) for word in ("--perms", "0755", "--dir", str(above))]
+
+
+def drop(uid: int) -> list[str]:
+    """Become a user without rights."""
+    ids = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
+    return ["setpriv", *ids, "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
+
+
+def kill_all(uid: int) -> None:
+    """End every process of a user."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == uid:
+                os.kill(int(folder.name), signal.SIGKILL)
