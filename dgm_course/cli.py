@@ -231,7 +231,9 @@ def repository() -> Path:
     """The folder, from the current one upwards, that holds the course; stops where there is none."""
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / "notebooks" / "src").is_dir() or (folder / "dgm_course" / "homework").is_dir():  # or a released tree
+        if (folder / "notebooks" / "src").is_dir() or (
+            folder / "dgm_course" / "homework"
+        ).is_dir():  # or a released tree
             return folder
     stop(f"run this inside the course: neither {here} nor a folder above it holds notebooks/src or dgm_course/homework")
 

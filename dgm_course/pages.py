@@ -1,6 +1,8 @@
 """Executed notebooks as web pages that load nothing: style, formulas and figures are inside each file."""
 
+import base64
 import html
+import mimetypes
 import re
 from pathlib import Path
 from string import Template
@@ -19,6 +21,7 @@ REMOTE = re.compile(
     r"<(script|link|img|iframe|source|video|audio)\b[^>]*\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</\1>)?",
     re.IGNORECASE,
 )
+IMAGE = re.compile(r'(<img\b[^>]*\bsrc=")(?!data:)([^"]+)(")')
 NEIGHBOUR = re.compile(r'(<a\b[^>]*\bhref=")((?:\./)?[^":/#]+)\.ipynb(["#])')
 
 
@@ -41,10 +44,10 @@ def write_page(notebook, target: str | Path, folder: str | Path = ".") -> Path:
         template_name="basic",
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        embed_images=True,
     )
     body, _ = exporter.from_notebook_node(for_reading(notebook), {"metadata": {"path": str(folder)}})
     body = NEIGHBOUR.sub(r"\1\2.html\3", REMOTE.sub("", ANCHOR.sub("", body)))
+    body = IMAGE.sub(lambda found: found[1] + embedded(Path(folder) / found[2]) + found[3], body)
     body = body.replace('href="../README.md', 'href="readme.html').replace('href="notebooks/', 'href="')
     body = body.replace(MONEY, "<span>$</span>")  # alone in an element, a dollar opens no formula
     contents = "\n".join(
@@ -55,6 +58,12 @@ def write_page(notebook, target: str | Path, folder: str | Path = ".") -> Path:
         f'<li><a href="index.html">← all notebooks</a></li>\n{contents}\n</ol></details>'
     )
     return write_html(target, title(notebook) or Path(target).stem, body, contents)
+
+
+def embedded(image: Path) -> str:
+    """A picture as a data URL. (nbconvert's own way parses the page anew, and tears boxes that unfold.)"""
+    kind = mimetypes.guess_type(image.name)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{base64.b64encode(image.read_bytes()).decode()}"
 
 
 def write_readme(readme: Path, folder: Path) -> Path:

@@ -139,7 +139,7 @@ def test_files_and_folders_are_named_after_their_students(tmp_path, monkeypatch)
         assert {*good, *bad} == set(found)
         assert all(part in found[name].problem and found[name].content == b"" for name, part in bad.items())
     assert [one.student for one in submission.find([top / "bob" / "hw3.ipynb", top / "ada.ipynb"])] == ["hw3", "ada"]
-    with pytest.raises(FileNotFoundError, match="SUBMISSIONS must be .* nowhere"):
+    with pytest.raises(FileNotFoundError, match="SUBMISSIONS must be .*nowhere"):
         submission.find([top, top / "nowhere"])
 
 
@@ -155,7 +155,21 @@ def test_links_are_not_followed(tmp_path):
     assert all("link" in one.problem and one.content == b"" for one in found)
 
 
-HOSTILE = ["..", "../../etc", "-rf", "a\nb", "=1+1", "CON", "ada.", " ", "é" * 120, "e\u0301", "名" * 80, "💥", "\x1b[31m"]
+HOSTILE = [
+    "a..",
+    "etc/../../b",
+    "-rf",
+    "a\nb",
+    "=1+1",
+    "CON",
+    "ada.",
+    " ",
+    "é" * 120,
+    "e\u0301",
+    "名" * 80,
+    "💥",
+    "\x1b[31m",
+]
 
 
 def test_names_are_safe_and_unique_whatever_the_files_are_called(tmp_path):
@@ -171,7 +185,7 @@ def test_names_are_safe_and_unique_whatever_the_files_are_called(tmp_path):
     for one in found:
         assert report.file_name(one.student) == one.student and not one.student.startswith("-")
         assert one.sha256 and (one.problem or "").isprintable()
-        report.write_atomically(tmp_path / "out" / f"{one.student}.json", one.file)
+        report.write_atomically(tmp_path / "out" / f"{one.student}.json", "{}")
     assert {file.parent for file in tmp_path.rglob("*.json")} == {tmp_path / "out"}
 
 
@@ -317,7 +331,7 @@ def test_a_fault_of_the_grader_stops_no_other_and_is_tried_again(course):
 
 def test_what_a_killed_grader_left_is_swept_away(course):
     for place in (course.out, course.out / "results"):
-        place.mkdir()
+        place.mkdir(exist_ok=True)
         (place / ".x123.part").write_text("half")
         assert course.grade().exit_code == 0  # the first time, OUT holds nothing else
     assert not list(course.out.rglob("*.part"))
@@ -395,7 +409,7 @@ def test_a_result_is_complete(graded):
     assert 0 < result.pop("seconds") < 60 and all(0 < one.pop("seconds") < 1 for one in result["exercises"])
     tests = [
         {"name": name, "score": points, "max_score": points, "hidden": name == "long", "message": "✓ right"}
-        for name, points in (("visible cases", 1.0), ("long", 2.0), ("visible cases", 1.0), ("long", 1.0))
+        for name, points in (("like the visible cases", 1.0), ("long", 2.0), ("visible cases", 1.0), ("long", 1.0))
     ]
     right = {"message": "✓ right"}
     assert result == {
@@ -441,26 +455,28 @@ def test_the_gradebook_holds_everybody_in_order(graded):
 
 def test_limits_take_effect(bubblewrap, tmp_path):
     hidden(tmp_path / "hidden")
-    hand_in(tmp_path / "subs", {"fay": CLASS["fay"], "gus": [DOUBLE, "while True:\n    pass"]})
+    held = "import torch\nheld = torch.empty(7 * 2**26, dtype=torch.float64)"  # 3.5 GB
+    hand_in(tmp_path / "subs", {"fay": [held, DOUBLE, MOMENTS], "gus": [DOUBLE, "while True:\n    pass"]})
     call(*arguments(tmp_path, tmp_path / "out", "--notebook-seconds", 1.5, "--memory-gb", 4))
     results = read(tmp_path / "out")
     assert "did not finish within 1.5 seconds; the time ran out in code cell 2" in results["gus"]["problem"]
-    assert [cell["cell"] for cell in results["fay"]["cells"]] == [1, 2]  # 2 GB are too many now
+    (cell,) = results["fay"]["cells"]
+    assert cell["cell"] == 1 and "allocate" in cell["error"]
     assert {name: result["score"] for name, result in results.items()} == {"fay": 5, "gus": 0}
 
 
 # Killed in the middle -------------------------------------------------------------------------------------------------
 
 
-def ours(mark: str) -> list[list[str]]:
-    """The command lines that hold a mark, of all processes that live."""
-    found = []
+def ours(mark: str) -> dict[str, str]:
+    """The programs of all processes that live and have a mark on their command lines, by their ids."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            if any(mark in word for word in words) and state not in "ZX":
-                found.append(words)
+            if any(mark in word for word in words) and "dgm_course.cli" not in words and state not in "ZX":
+                found[folder.name] = Path(words[0]).name
     return found
 
 
@@ -492,17 +508,22 @@ def started(graded, tmp_path):
         process.communicate()
 
 
+def looping() -> bool:
+    """Whether a function runs for long: in a fork, which has the command line of its parent."""
+    first = ours(MEMORY)
+    time.sleep(0.2)
+    return sum(name.startswith("python") and first.get(process) == name for process, name in ours(MEMORY).items()) >= 2
+
+
 def test_killed_in_the_middle_it_loses_nothing_and_leaves_nothing(graded, started, tmp_path):
     out, mounts = tmp_path / "out", Path("/proc/self/mounts").read_text().splitlines()
-    runners = lambda: [words for words in ours(MEMORY) if "dgm_course.cli" not in words]  # noqa: E731
     grader = started(graded / "subs", out, "--jobs", 1)
-    assert until((out / "results" / "dee.json").exists, 40), "four results were to come"
-    # Eve's function loops in a fork, which has the command line of its parent.
-    assert until(lambda: sum(Path(words[0]).name.startswith("python") for words in runners()) >= 2, 20)
+    assert until((out / "results" / "ada.json").exists, 60) and until(looping, 60), "eve's turn was to come"
     os.kill(grader.pid, signal.SIGKILL)
-    assert until(lambda: not runners(), 2), runners()
+    assert until(lambda: not ours(MEMORY), 2), ours(MEMORY)
     assert not set(Path("/proc/self/mounts").read_text().splitlines()) - set(mounts)
-    assert sorted(read(out)) == ["ada", "bob", "cem", "dee"]  # and each of them parses
+    done = read(out)  # each of them parses
+    assert "ada" in done and not {"eve", "fay"} & set(done)
 
     before = stamps(out)
     words = ["--jobs", 3, "--exercise-seconds", 1, "--memory-gb", MEMORY]
@@ -519,8 +540,8 @@ def test_ctrl_c_ends_it_soon_with_the_grades_that_there_are(graded, started, tmp
     assert until((out / "results" / "ada.json").exists, 40)
     start = time.monotonic()
     os.kill(grader.pid, signal.SIGINT)
-    said, _ = grader.communicate(timeout=20)
-    assert time.monotonic() - start < 4
+    said, _ = grader.communicate(timeout=60)
+    assert time.monotonic() - start < 15  # the notebooks have a minute
     assert grader.returncode == 130 and "Traceback" not in said
     assert "1 of 3 submissions" in said and "2 left: the same command goes on" in said
     assert [row["student"] for row in gradebook(out)] == ["ada"]
@@ -549,13 +570,14 @@ def test_the_hidden_tests_run_on_one_notebook(bubblewrap, tmp_path):
     folder = ROOT / "tests" / "hidden" / "test_submission.py"
     code, said = hidden_tests(folder, "--submission", "answer.ipynb", "--homework", "hw3", cwd=tmp_path)
     failed = [line for line in said.splitlines() if line.startswith("FAILED")]
-    assert code == 1 and failed and all("hw3-complete-" in line and "seed" in line for line in failed), said
+    assert code == 1 and failed and all("hw3-complete-" in line for line in failed), said
+    assert said.count("it should return a tuple (x0, eps, v); None came") == len(failed)
 
 
 def test_the_hidden_tests_say_what_is_wrong_with_their_options(tmp_path):
     (tmp_path / "answer.ipynb").write_bytes(notebook())
     code, said = hidden_tests("tests/hidden/test_submission.py", "--submission", tmp_path / "answer.ipynb")
-    assert code == 4 and "--homework must say which homework" in said and "hw3" in said, said
+    assert code not in (0, 1) and "--homework must say which homework" in said and "hw3" in said, said
     assert "Traceback" not in said
 
 

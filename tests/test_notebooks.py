@@ -321,7 +321,12 @@ Inline $a_t^2$, \\(b\\), money \$5 and \$6, `\$code`; [next](02_next.ipynb#part)
 ## Part $x$
 $$\begin{aligned} x &= y \\ &< z \end{aligned}$$
 ![far](https://a.example/x.png) ![near](local.png)
-### Detail"""
+### Detail
+<details><summary>Hint</summary>
+
+A $y$ of *its own*.
+
+</details>"""
     notebook = new_notebook(cells=[new_markdown_cell(text), new_code_cell("plot('</script>')", outputs=outputs)])
     notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
     return pages.write_page(notebook, tmp_path / "out" / "01_page.html", tmp_path).read_text()
@@ -353,6 +358,11 @@ def test_a_page_shows_the_still_and_no_live_widget_nor_progress(page):
     assert base64.b64encode(b"a local picture").decode() in page
     body = page.split("<main>")[1].split("</main>")[0]
     assert "widget-view" not in body and "0/7" not in body and "50%" not in body
+
+
+def test_a_box_that_unfolds_keeps_its_text_inside(page):
+    box = page.split("<details><summary>Hint</summary>")[1].split("</details>")[0]
+    assert "A $y$ of <em>its own</em>." in box
 
 
 def test_a_page_has_title_contents_and_links_to_pages(page):

@@ -15,7 +15,7 @@ from dgm_course.homework.values import encode
 
 __all__ = ["Exercise", "Group", "freeze", "load", "parse"]
 
-VISIBLE = 2026  # the seed of the visible cases
+VISIBLE = 2026  # the seed of the cases that students have
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Exercise:
     @property
     def groups(self) -> dict[str, Group]:
         """All groups by label, the visible one first."""
-        return {"visible cases": self.visible, **self.hidden}
+        return {"like the visible cases": self.visible, **self.hidden}
 
     @property
     def texts(self) -> dict:
@@ -95,13 +95,11 @@ class Exercise:
     def cases(self, label: str, seed: int) -> list[dict]:
         """The cases of a group, each with `label`, `inputs`, the `expected` reply and those of the `mistakes`.
 
-        The visible cases are always the same; the others depend on the seed.
+        Students have the visible cases with the seed `VISIBLE`; a grader's seed makes others of the same form, so that an
+        answer learnt by heart from the file is worth nothing.
         """
-        g = torch.Generator().manual_seed(VISIBLE if label == "visible cases" else seed)
-        return [
-            self.case(f"{label}, number {number}", inputs)
-            for number, inputs in enumerate(self.groups[label].make(g), 1)
-        ]
+        g = torch.Generator().manual_seed(seed)
+        return [self.case(f"case {number}", inputs) for number, inputs in enumerate(self.groups[label].make(g), 1)]
 
     def case(self, label: str, inputs: dict) -> dict:
         expected = short(ask(self.reference, inputs))
@@ -158,7 +156,7 @@ def freeze(exercises: dict[str, Exercise]) -> bytes:
                 "expected": reply(case["expected"]),
                 "mistakes": {mistake: reply(value) for mistake, value in case["mistakes"].items()},
             }
-            for case in exercise.cases("visible cases", VISIBLE)
+            for case in exercise.cases("like the visible cases", VISIBLE)
         ]
         forms[name] = {**exercise.texts, "cases": cases}
     tensors = {str(place): torch.from_numpy(array) for place, array in enumerate(arrays)}

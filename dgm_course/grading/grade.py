@@ -11,7 +11,7 @@ from dgm_course.grading.session import START, Broken, Late, Session, session
 from dgm_course.grading.submission import Submission, cells
 from dgm_course.homework import plain
 from dgm_course.homework.values import decode, encode
-from dgm_course.homework.verdict import judge
+from dgm_course.homework.verdict import judge, unfinished
 
 __all__ = ["Limits", "Tests", "failure", "grade"]
 
@@ -115,7 +115,8 @@ def failure(submission: Submission, tests: Tests, limits: Limits, problem: str) 
 def run(sources: list[str], tests: Tests, limits: Limits, level: str, result: dict) -> dict:
     """Execute the cells, ask every function; the answers by exercise and group. Fills in what concerns the notebook."""
     total = limits.notebook_seconds + limits.exercise_seconds * len(tests.exercises)
-    bounds = {"memory_gb": limits.memory_gb, "cpu_seconds": START + total}
+    processes = None if level == "none" else 64  # without a user of its own the instructor's processes would count too
+    bounds = {"memory_gb": limits.memory_gb, "cpu_seconds": START + total, "processes": processes}
     answers = {}
     with session(level, bounds) as runner:
         try:
@@ -180,6 +181,10 @@ def ask(runner: Session, exercise: exercises.Exercise, groups: dict, seconds: fl
 LATE = object()
 
 
+class Refused(str):
+    """A sentence about one group that takes the points of the whole exercise."""
+
+
 def understand(reply, arrays: list[np.ndarray], cases: list[dict], name: str) -> list[dict] | str | object:
     """A reply from the sandbox as answers to judge, a sentence, or LATE; whatever it is, it is only data."""
     try:
@@ -193,11 +198,10 @@ def sentence(reply: dict, name: str) -> str | None:
     if "died" in reply:
         return f"the process ended before it answered (exit code {str(reply['died'])[:20]}): out of memory, or an exit in the code?"
     if "missing" in reply:
-        close = reply["missing"]
-        hint = f"; there is {str(close[0])[:80]}" if isinstance(close, list) and close else ""
-        return f"the notebook defines no function {name}{hint}"
+        close = ", ".join(reply["missing"][:1])[:80]
+        return f"the notebook defines no function {name}{f'; there is {close}' if close else ''}"
     if reply.get("called"):
-        return f"it calls {str(reply['called'][0])[:100]}, which this exercise asks you to write out"
+        return Refused(unfinished(name, [], [", ".join(reply["called"][:1])[:100]]))
     return None
 
 
@@ -210,7 +214,7 @@ def answer(form: dict, arrays: list[np.ndarray], case: dict) -> dict:
     """One reply with arrays in it, its parts of the kinds that they should be."""
     if "raised" in form:
         line = form.get("line")
-        words = {key: str(form.get(key))[:500] for key in ("raised", "message")}
+        words = {key: str(form.get(key))[:500] for key in ("raised", "message", "inside")}
         return {**words, "line": line if type(line) is int else None}
     value, after = (decode(form[key], arrays, tensor=lambda a: a) for key in ("value", "inputs"))
     return {"value": value, "inputs": dict(zip(case["inputs"], after, strict=True))}
@@ -218,22 +222,18 @@ def answer(form: dict, arrays: list[np.ndarray], case: dict) -> dict:
 
 def score(exercise: exercises.Exercise, groups: dict, answers: dict) -> dict:
     """The part of a result that is about one exercise."""
-    tests, cheated = (
-        [],
-        next((text for text in answers.values() if isinstance(text, str) and text.startswith("it calls ")), None),
-    )
+    tests, refused = [], next((reply for reply in answers.values() if isinstance(reply, Refused)), None)
     for label, (_, cases) in groups.items():
         reply = answers.get(label, "not tried")
-        problem = cheated or (reply if isinstance(reply, str) else judge(cases, reply, exercise.texts))
-        if not isinstance(reply, str) and any(one.get("raised") == "NotImplementedError" for one in reply):
-            problem = "not implemented yet"
+        problem = refused or (reply if isinstance(reply, str) else None)
+        problem = problem or unfinished(exercise.name, reply, []) or judge(cases, reply, exercise.texts)
         points = float(exercise.groups[label].points)
         tests.append(
             {
                 "name": label,
                 "score": 0.0 if problem else points,
                 "max_score": points,
-                "hidden": label != "visible cases",
+                "hidden": label != "like the visible cases",
                 "message": f"✗ {problem}" if problem else "✓ right",
             }
         )

@@ -205,7 +205,8 @@ def feedback(result: dict) -> str:
     page = Template((ASSETS / "feedback.html").read_text(encoding="utf-8"))
     cells, printed = "\n".join(map(failed_cell, result["cells"])), f"<pre>\n{say(result['output'])}</pre>"
     return page.substitute(
-        {name: say(result[name]) for name in ("homework", "student", "file", "sha256")},
+        {name: say(result[name]) for name in ("homework", "student", "sha256")},
+        file=say(Path(result["file"]).name),
         style=(ASSETS / "feedback.css").read_text(encoding="utf-8"),
         score=f"{result['score']:g}",
         max_score=f"{result['max_score']:g}",

@@ -41,7 +41,7 @@ def limit(limits: dict) -> None:
         "RLIMIT_AS": int(limits["memory_gb"] * 2**30),  # importing torch alone peaks at 3.3 GB of addresses
         "RLIMIT_CPU": int(limits["cpu_seconds"]),
         "RLIMIT_FSIZE": 64 * 2**20,
-        "RLIMIT_NPROC": 64,
+        "RLIMIT_NPROC": limits["processes"] or resource.RLIM_INFINITY,
         "RLIMIT_NOFILE": 256,
         "RLIMIT_CORE": 0,
     }

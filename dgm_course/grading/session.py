@@ -49,8 +49,11 @@ class Session:
 
         Raises:
             Late: If it takes longer.
-            Broken: If the process ends, or the reply is malformed.
+            Broken: If the process ends, or the reply is malformed, or one was there already: it would be taken for another.
         """
+        self.read()
+        if self.received:
+            raise Broken("the notebook sent a reply before it was asked")
         return self.exchange(memoryview(wire.frame(form, arrays)), time.monotonic() + seconds)
 
     def next(self, seconds: float) -> tuple[object, list[np.ndarray]]:
@@ -58,7 +61,7 @@ class Session:
         return self.exchange(memoryview(b""), time.monotonic() + seconds)
 
     def exchange(self, unsent: memoryview, deadline: float) -> tuple[object, list[np.ndarray]]:
-        while (payload := self.complete()) is None:
+        while unsent or (payload := self.complete()) is None:
             with selectors.DefaultSelector() as ready:
                 ready.register(self.replies, selectors.EVENT_READ)
                 if not self.process.stdout.closed:

@@ -62,7 +62,9 @@ def inside(child: Path, top: Path) -> list[tuple[str, Path]]:
         return []
     if child.is_symlink() or not child.is_dir():
         return [(child.stem, child)]
-    notebooks = sorted(file for file in child.rglob("*.ipynb") if visible(file.relative_to(child)) and not file.is_dir())
+    notebooks = sorted(
+        file for file in child.rglob("*.ipynb") if visible(file.relative_to(child)) and not file.is_dir()
+    )
     if len(notebooks) > 1:
         return [("_".join(file.relative_to(top).with_suffix("").parts), file) for file in notebooks]
     return [(child.name, notebooks[0] if notebooks else child)]

@@ -16,7 +16,7 @@ import torch
 
 from dgm_course.homework.ask import ask, without
 from dgm_course.homework.values import Affine, decode, encode
-from dgm_course.homework.verdict import judge
+from dgm_course.homework.verdict import judge, unfinished
 
 __all__ = ["Affine", "Homework", "load", "names", "read"]
 
@@ -75,15 +75,16 @@ class Homework:
         exercise = self.exercises[name]
         with without(exercise["forbidden"]) as called:
             answers = [ask(function, case["inputs"]) for case in exercise["cases"]]
-        if any(answer.get("raised") == "NotImplementedError" for answer in answers):
-            worth = f"{exercise['points']} points, about {exercise['minutes']} minutes"
-            print(f"· {name}: not implemented yet ({worth})")
+        problem = unfinished(name, answers, called)
+        if problem == "not implemented yet":
+            print(f"· {name}: {problem} ({exercise['points']:g} points, about {exercise['minutes']} minutes)")
             return False
-        if called:
-            print(f"✗ {name}: it calls {called[0]}, which this exercise asks you to write out")
-            return False
-        problem = judge([plain(case) for case in exercise["cases"]], [plain(answer) for answer in answers], exercise)
-        print(f"✗ {name}: {problem}" if problem else f"✓ {name}: right in all {len(answers)} visible cases")
+        problem = problem or judge([plain(case) for case in exercise["cases"]], list(map(plain, answers)), exercise)
+        print(
+            f"✗ {name}: {problem}"
+            if problem
+            else f"✓ {name}: right in the {len(answers)} visible cases; hidden ones count too"
+        )
         return problem is None
 
 

@@ -20,7 +20,8 @@ def ask(function: Callable, inputs: dict) -> dict:
 
     Returns:
         ``{"value": …, "inputs": …}``: the value, and the inputs as they are afterwards; or
-        ``{"raised": name, "message": …, "line": …}``, with the line of the function, counted from its `def`, if known.
+        ``{"raised": name, "message": …, "line": …, "inside": …}``, with the line of the function, counted from its `def`,
+        if known, and the name of the function that raised the error.
     """
     given = {
         name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in inputs.items()
@@ -28,7 +29,9 @@ def ask(function: Callable, inputs: dict) -> dict:
     try:
         return {"value": function(*given.values()), "inputs": given}
     except (Exception, SystemExit) as error:
-        return {"raised": type(error).__name__, "message": str(error)[:500], "line": line_of(error, function)}
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        where = {"line": line_of(error, function), "inside": frame.f_code.co_name}
+        return {"raised": type(error).__name__, "message": str(error)[:500], **where}
 
 
 def line_of(error: BaseException, function: Callable) -> int | None:

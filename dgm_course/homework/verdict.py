@@ -4,7 +4,17 @@ import numpy as np
 
 from dgm_course.homework.values import Other
 
-__all__ = ["judge"]
+__all__ = ["judge", "unfinished"]
+
+
+def unfinished(name: str, answers: list[dict], called: list[str]) -> str | None:
+    """Why the answers of a function need no judge: it is not written yet, or it calls what it should replace; or None."""
+    if called:
+        return f"it calls {called[0]}, itself or through another function; this exercise asks you to write that out"
+    missing = [answer.get("inside") for answer in answers if answer.get("raised") == "NotImplementedError"]
+    if not missing:
+        return None
+    return "not implemented yet" if missing[0] == name else f"it calls {missing[0]}, which is not implemented yet"
 
 
 def judge(cases: list[dict], answers: list[dict], exercise: dict) -> str | None:
@@ -21,11 +31,12 @@ def judge(cases: list[dict], answers: list[dict], exercise: dict) -> str | None:
     wrong = [(case, answer, problem) for case, answer, problem in problems if problem]
     if not wrong:
         return None
-    for name, sentence in exercise["mistakes"].items():
-        if all(looks_like(case, answer, name, exercise) for case, answer, _ in wrong):
-            return f"{good_part(wrong, exercise)}it looks as if {name}. {sentence}"
+    fitting = [name for name in exercise["mistakes"] if all(looks_like(*one[:2], name, exercise) for one in wrong)]
+    if fitting:  # of several, the one that gives the right answers too
+        name = max(fitting, key=lambda name: sum(fits(*one[:2], name, exercise) for one in problems))
+        return f"{good_part(wrong, exercise)}it looks as if {name}. {exercise['mistakes'][name]}"
     case, _, problem = wrong[0]
-    return f"{problem} (case: {case['label']})"
+    return f"{problem} ({described(case)})"
 
 
 def differs(case: dict, answer: dict, exercise: dict) -> str | None:
@@ -79,19 +90,29 @@ def wrong_form(name: str, wanted, got) -> str | None:
 
 
 def looks_like(case: dict, answer: dict, mistake: str, exercise: dict) -> bool:
-    """Whether the answer to a case is what a known mistake gives, and not the right one."""
-    typical, expected = case["mistakes"][mistake], case["expected"]
+    """Whether the answer to a case is not right, and each part of it is right or what a known mistake gives."""
+    expected, typical = case["expected"], case["mistakes"][mistake]
+    if "raised" in answer or "raised" in expected or "raised" in typical:
+        return answer.get("raised") != expected.get("raised") and fits(case, answer, mistake, exercise)
+    right, wrong = (agree(reply["value"], answer["value"], exercise["tolerance"]) for reply in (expected, typical))
+    return bool(right) and not all(right) and len(wrong) == len(right) and all(map(max, right, wrong))
+
+
+def fits(case: dict, answer: dict, mistake: str, exercise: dict) -> bool:
+    """Whether the answer to a case is what a known mistake gives."""
+    typical = case["mistakes"][mistake]
     if "raised" in typical or "raised" in answer:
-        return typical.get("raised") == answer.get("raised") != expected.get("raised")
-    wrong = "raised" in expected or not agree(expected["value"], answer["value"], exercise["tolerance"])
-    return wrong and agree(typical["value"], answer["value"], exercise["tolerance"])
+        return typical.get("raised") == answer.get("raised")
+    same_parts = agree(typical["value"], answer["value"], exercise["tolerance"])
+    return bool(same_parts) and all(same_parts)
 
 
-def agree(a, b, tolerance: float) -> bool:
-    """Whether two values are the same number of arrays, each close to the other."""
+def agree(a, b, tolerance: float) -> list[bool]:
+    """For each part of two values whether it is close to the other; empty if they are not the same number of arrays."""
     a, b = parts(a), parts(b)
-    arrays = all(isinstance(part, np.ndarray) for part in (*a, *b))
-    return arrays and len(a) == len(b) and all(close(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    if len(a) != len(b) or not all(isinstance(part, np.ndarray) for part in (*a, *b)):
+        return []
+    return [close(x, y, tolerance) for x, y in zip(a, b, strict=True)]
 
 
 def good_part(wrong: list, exercise: dict) -> str:
@@ -135,6 +156,21 @@ def close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
 
 def same(a: np.ndarray, b) -> bool:
     return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+def described(case: dict) -> str:
+    """Which case it is, by what goes in: short lists in full, of arrays the shape and dtype."""
+    words = [case["label"]]
+    for name, value in case["inputs"].items():
+        if isinstance(value, np.ndarray) and value.ndim == 1 and value.size <= 6 and not value.dtype == np.float32:
+            words.append(
+                f"{name} = {[float(f'{number:.4g}') if value.dtype.kind == 'f' else number for number in value.tolist()]}"
+            )
+        elif isinstance(value, np.ndarray):
+            words.append(f"{name} {value.dtype} {value.shape}")
+        elif isinstance(value, (str, int, float)):
+            words.append(f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value!r}")
+    return "; ".join(words)
 
 
 def parts(value) -> tuple:

@@ -63,7 +63,7 @@ def jumps(g, first, last, batch, gap=2):
 
 
 def shifted(alpha_bars):
-    """α'(t), from 1 to 0."""
+    """α*(t), from 1 to 0."""
     alpha = alpha_bars.sqrt()
     return (alpha - alpha[-1]) / (1 - alpha[-1])
 
@@ -93,6 +93,15 @@ def perturb_old_sigma(x0, t, eps, alpha_bars):
 def perturb_by_variance(x0, t, eps, alpha_bars):
     a = shifted(alpha_bars)[t]
     return mix(a, x0, 1 - a**2, eps)
+
+
+def perturb_root_of_one_minus(x0, t, eps, alpha_bars):
+    a = shifted(alpha_bars)[t]
+    return mix(a, x0, (1 - a).sqrt(), eps)
+
+
+def perturb_exchanged(x0, t, eps, alpha_bars):
+    return perturb_zero_snr(eps, t, x0, alpha_bars)
 
 
 def perturb_along_a_line(x0, t, eps, alpha_bars):
@@ -179,13 +188,18 @@ PERTURB = Exercise(
         ),
         "you kept the old σ": (
             perturb_old_sigma,
-            "The variance should stay 1 for data of variance 1, so σ' follows from α': α'² + σ'² = 1.",
+            "The variance should stay 1 for data of variance 1, so σ* follows from α*: α*² + σ*² = 1.",
         ),
         "you multiplied the noise by its variance": (
             perturb_by_variance,
-            "1 − α'² is a variance. The factor of ε is its square root.",
+            "1 − α*² is a variance. The factor of ε is its square root.",
         ),
-        "you let α' and σ' add up to 1": (
+        "you took √(1 − α*) for σ*": (
+            perturb_root_of_one_minus,
+            "α* is what √ᾱ was, so under the root it is squared: σ* = √(1 − α*²).",
+        ),
+        "you exchanged x_0 and ε": (perturb_exchanged, "At t = 0 the clean image should come out, at t = T the noise."),
+        "you let α* and σ* add up to 1": (
             perturb_along_a_line,
             "It is their squares that add up to 1: variances add, deviations do not.",
         ),
@@ -195,7 +209,7 @@ PERTURB = Exercise(
         ),
         "you held the schedule fixed at t = 1 instead of t = 0": (
             perturb_anchored_at_1,
-            "The paper's table begins with ᾱ_1. This one begins with ᾱ_0 = 1, and α'(0) = 1 is asked for.",
+            "The paper's table begins with ᾱ_1. This one begins with ᾱ_0 = 1, and α*(0) = 1 is asked for.",
         ),
         "you used the first image's time for all images": (
             perturb_first_time,
@@ -229,6 +243,17 @@ def posterior_one_beta(xt, x0, s, t, alpha_bars):
 def posterior_sum_of_betas(xt, x0, s, t, alpha_bars):
     sums = torch.cat([alpha_bars.new_zeros(1), 1 - alpha_bars[1:] / alpha_bars[:-1]]).cumsum(0)
     return posterior_with(sums[t] - sums[s], xt, x0, s, t, alpha_bars)
+
+
+def posterior_sum_root_kept(xt, x0, s, t, alpha_bars):
+    sums = torch.cat([alpha_bars.new_zeros(1), 1 - alpha_bars[1:] / alpha_bars[:-1]]).cumsum(0)
+    v, abar_s, abar_t = sums[t] - sums[s], alpha_bars[s], alpha_bars[t]
+    keep, share = (abar_t / abar_s).sqrt() * (1 - abar_s) / (1 - abar_t), abar_s.sqrt() * v / (1 - abar_t)
+    return mix(keep, xt, share, x0), (v * (1 - abar_s) / (1 - abar_t)).to(xt.dtype)
+
+
+def posterior_all_steps(xt, x0, s, t, alpha_bars):
+    return posterior_with(1 - alpha_bars[t], xt, x0, s, t, alpha_bars)
 
 
 def posterior_with(v, xt, x0, s, t, alpha_bars):
@@ -343,6 +368,14 @@ POSTERIOR = Exercise(
             posterior_sum_of_betas,
             "Each later step also shrinks the noise of those before it. What they add together is 1 − ᾱ_t/ᾱ_s.",
         ),
+        "you added up the βs, and kept √(ᾱ_t/ᾱ_s)": (
+            posterior_sum_root_kept,
+            "Each later step also shrinks the noise of those before it. What they add together is 1 − ᾱ_t/ᾱ_s.",
+        ),
+        "you took ᾱ_t for what the steps from s to t leave": (
+            posterior_all_steps,
+            "ᾱ_t counts from 0. From s to t the share ᾱ_t/ᾱ_s of the variance is left.",
+        ),
         "you went back one step, to t − 1": (
             posterior_one_step,
             "Asked is x_s, and s may be any time before t: ᾱ_s stands where the lecture has ᾱ_{t−1}.",
@@ -350,7 +383,7 @@ POSTERIOR = Exercise(
         "you returned the standard deviation": (posterior_deviation, "The second value asked for is a variance."),
         "you returned the variance of the step forward": (
             posterior_noisevariance,
-            "1 − ᾱ_t/ᾱ_s belongs to q(x_t | x_s). Knowing x_0 makes it smaller, by the factor (1 − ᾱ_s)/(1 − ᾱ_t).",
+            "1 − ᾱ_t/ᾱ_s is the variance of q(x_t | x_s). That of q(x_s | x_t, x_0) is smaller, by the factor (1 − ᾱ_s)/(1 − ᾱ_t).",
         ),
         "you forgot a square root in the factor of x_0": (
             posterior_no_root_at_x0,
@@ -491,8 +524,8 @@ def known(g, given, shape, dtype=SINGLE, alpha_bar=None):
 
 COMPLETE = Exercise(
     "complete",
-    points=3,
-    minutes=20,
+    points=2,
+    minutes=15,
     difficulty=2,
     reference=complete,
     outputs=("x0", "eps", "v"),
@@ -507,7 +540,7 @@ COMPLETE = Exercise(
     ),
     hidden={
         "other shapes": Group(
-            1,
+            0.5,
             lambda g: [
                 known(g, "v", (5, 2)),
                 known(g, "eps", (2, 1, 7, 5)),
@@ -516,7 +549,7 @@ COMPLETE = Exercise(
             ],
         ),
         "both ends, and errors": Group(
-            1,
+            0.5,
             lambda g: [
                 known(g, "v", (3, 2), DOUBLE, alpha_bar=[1.0, 0.0, 0.4]),
                 known(g, "v", (1, 3), alpha_bar=[0.0]),
@@ -528,7 +561,7 @@ COMPLETE = Exercise(
     mistakes={
         "you raised the error only where all ᾱ are 0": (
             complete_unless_all_noise,
-            "One image with ᾱ = 0 is enough: its x_0 would be infinite. Ask for any of them, not for all.",
+            "One image with ᾱ = 0 is enough: its x_0 would be infinite or no number. Ask for any of them, not for all.",
         ),
         "you divided by √ᾱ = 0": (
             complete_unguarded,
@@ -549,11 +582,11 @@ COMPLETE = Exercise(
         ),
         "you found ε by a division by σ": (
             complete_over_sigma,
-            "At ᾱ = 1 that is 0/0. From v no division is needed: (x_0, ε) is (x_t, v), turned by an angle.",
+            "At ᾱ = 1 that is 0/0. Solve the two equations for x_t and v together: with α² + σ² = 1 no division is left.",
         ),
         "you found ε by a division by α": (
             complete_over_alpha,
-            "At ᾱ = 0 that is 0/0. From v no division is needed: (x_0, ε) is (x_t, v), turned by an angle.",
+            "At ᾱ = 0 that is 0/0. Solve the two equations for x_t and v together: with α² + σ² = 1 no division is left.",
         ),
         "you took x_t for x_0 in v": (
             complete_v_of_xt,
@@ -623,6 +656,25 @@ def weight_over_deviation(s, t, alpha_bars, variance):
     return weight * sigma2.sqrt(), constant
 
 
+def weight_of_the_mean(s, t, alpha_bars, variance):
+    weight, constant = x0_weight(s, t, alpha_bars, variance)
+    return weight / pull(s, t, alpha_bars) ** 2, constant
+
+
+def weight_not_squared(s, t, alpha_bars, variance):
+    weight, constant = x0_weight(s, t, alpha_bars, variance)
+    return weight / pull(s, t, alpha_bars), constant
+
+
+def pull(s, t, alpha_bars):
+    """The factor of x_0 in the mean."""
+    return alpha_bars[s].sqrt() * (1 - alpha_bars[t] / alpha_bars[s]) / (1 - alpha_bars[t])
+
+
+def weight_exchanged(s, t, alpha_bars, variance):
+    return x0_weight(s, t, alpha_bars, "beta" if variance == "posterior" else "posterior")
+
+
 def weight_wrong_log(s, t, alpha_bars, variance):
     weight, constant = x0_weight(s, t, alpha_bars, variance)
     return weight, constant + (ratio(s, t, alpha_bars).log() if variance == "beta" else 0)
@@ -651,17 +703,17 @@ def weight_by_distributions(s, t, alpha_bars, variance):
 def weight_in_a_loop(s, t, alpha_bars, variance):
     rows = []
     for i, j in zip(alpha_bars[s].tolist(), alpha_bars[t].tolist(), strict=True):
-        step = -math.expm1(math.log(j) - math.log(i))
+        step = 1 - j / i
         share = (1 - i) / (1 - j) if variance == "beta" else 1.0
         sigma2 = step if variance == "beta" else step * (1 - i) / (1 - j)
         rows.append((i * (step / (1 - j)) ** 2 / sigma2 / 2, (share - 1 - math.log(share)) / 2))
     return tuple(torch.tensor(column, dtype=DOUBLE) for column in zip(*rows, strict=True))
 
 
-def one_step(g, variance, steps, batch=None, gap=2, s=None, t=None):
+def one_step(g, variance, steps, batch=None, gap=2, s=None, t=None, make=table):
     drawn = jumps(g, 1, steps, batch or len(s), gap)
     s, t = (a if b is None else torch.tensor(b) for a, b in zip(drawn, (s, t), strict=True))
-    return {"s": s, "t": t, "alpha_bars": table(g, steps), "variance": variance}
+    return {"s": s, "t": t, "alpha_bars": make(g, steps), "variance": variance}
 
 
 WEIGHT = Exercise(
@@ -681,11 +733,12 @@ WEIGHT = Exercise(
     hidden={
         "Σ_θ = β̃": Group(1, lambda g: [one_step(g, "posterior", 12, batch=5), one_step(g, "posterior", 7, batch=1)]),
         "Σ_θ = β": Group(1, lambda g: [one_step(g, "beta", 12, batch=5), one_step(g, "beta", 7, batch=1)]),
-        "neighbours, and t = T": Group(
+        "neighbours, t = T, and pure noise at T": Group(
             1,
             lambda g: [
                 one_step(g, "beta", 9, s=[1, 8, 4, 1], t=[2, 9, 5, 9]),
                 one_step(g, "posterior", 9, s=[1, 8, 4, 1], t=[2, 9, 5, 9]),
+                one_step(g, "beta", 6, s=[2, 5], t=[6, 6], make=into_noise),
             ],
         ),
     },
@@ -698,13 +751,25 @@ WEIGHT = Exercise(
             weight_of_eps,
             "An error in x̂_0 is √(1 − ᾱ_t)/√ᾱ_t times that in ε̂. Start from the mean as a mix of x_t and x̂_0.",
         ),
+        "you gave the weight of an error in the mean": (
+            weight_of_the_mean,
+            "1/(2σ²) weighs the squared distance of the means, as on the slide. They differ by (x_0 − x̂_0) times the factor of x_0.",
+        ),
+        "you did not square the factor of x_0": (
+            weight_not_squared,
+            "The distance of the means is squared, and with it the factor of x_0 − x̂_0 in it.",
+        ),
+        "you exchanged the two choices of Σ_θ": (
+            weight_exchanged,
+            '"posterior" is σ² = β̃, where the constant is 0; "beta" is σ² = 1 − ᾱ_t/ᾱ_s.',
+        ),
         "you dropped the ½": (
             weight_without_half,
             "The exponent of a Gaussian is −(x − μ)²/(2σ²), and its log σ is ½ log σ²: the whole KL has a ½.",
         ),
         "you took Σ_θ = β̃ in both cases": (
             weight_always_posterior,
-            "The weight c²/(2β̃) and the constant 0 hold for Σ_θ = β̃ only. In general it is c²/(2σ²), and σ² was stated.",
+            "The weight c²/(2β̃), with c the factor of x_0 in the mean, and the constant 0 hold for Σ_θ = β̃ only: here σ² is stated.",
         ),
         "you left out the constant": (
             weight_no_constant,
@@ -716,11 +781,11 @@ WEIGHT = Exercise(
         ),
         "you divided by σ instead of σ²": (
             weight_over_deviation,
-            "The squared distance of the means is divided by a variance: c²/(2σ²).",
+            "The squared distance of the means is divided by a variance: c²/(2σ²), with c the factor of x_0 in the mean.",
         ),
         "the logarithm in the constant has the wrong sign": (
             weight_wrong_log,
-            "A KL is never negative: r − 1 − log r is 0 at r = 1 and positive elsewhere.",
+            "A KL is never negative: with r = β̃/σ² it has r − 1 − log r, which is 0 at r = 1 and positive elsewhere.",
         ),
     },
     correct={
@@ -785,6 +850,11 @@ def sample_by_variance(x, x0_hat, t, s, alpha_bars, z):
 @walking
 def sample_one_beta(x, x0_hat, t, s, alpha_bars, z):
     return mean_of(x, x0_hat, t, s, alpha_bars) + (upper(t, t - 1, alpha_bars).sqrt() if s else 0) * z
+
+
+@walking
+def sample_one_step_mean(x, x0_hat, t, s, alpha_bars, z):
+    return mean_of(x, x0_hat, t, t - 1, alpha_bars) + upper(t, s, alpha_bars).sqrt() * z
 
 
 @walking
@@ -868,8 +938,8 @@ def subset(g, steps, count, end=0):
 SAMPLE = Exercise(
     "sample_subset",
     points=4,
-    minutes=30,
-    difficulty=3,
+    minutes=20,
+    difficulty=2,
     reference=sample_subset,
     outputs=("x",),
     visible=Group(
@@ -910,13 +980,17 @@ SAMPLE = Exercise(
             sample_one_beta,
             "The step goes from t to s. The noise between them has variance 1 − ᾱ_t/ᾱ_s, which is recomputed for each pair.",
         ),
+        "you took the mean of one step back": (
+            sample_one_step_mean,
+            "The mean, too, is that of the leap: of q(x_s | x_t, x̂_0), with ᾱ_t/ᾱ_s in the place of α_t and ᾱ_s in that of ᾱ_{t−1}.",
+        ),
         "you took β̃ for the variance": (
             sample_lower,
             "That is the lower choice of Σ_θ. Asked is the upper one, 1 − ᾱ_t/ᾱ_s.",
         ),
         "you took x̂_0 for the mean of each step": (
             sample_around_x0,
-            "The slide's line for step 4 reads like this: ᾱ_t stands in it where α_t holds. The mean is that of q(x_s | x_t, x̂_0).",
+            "Line 4 of Algorithm 2, as the slide text reads, does this: it has ᾱ_t where α_t holds. The mean is that of q(x_s | x_t, x̂_0).",
         ),
         "you noised x̂_0 anew in each step": (
             sample_noise_again,
@@ -972,9 +1046,40 @@ def bound_var_forgotten(mean, var, alpha_bars, times):
     return terms
 
 
+def bound_mean_forgotten(mean, var, alpha_bars, times):
+    return gaussian_bound(0.0, var, alpha_bars, times)
+
+
+def bound_whole_chain(mean, var, alpha_bars, times):
+    terms, abar = gaussian_bound(mean, var, alpha_bars, times), alpha_bars[-1:]
+    return torch.cat([0.5 * (abar * (mean**2 + var) - abar - (1 - abar).log()), terms[1:]])
+
+
+def bound_prior_forgotten(mean, var, alpha_bars, times):
+    mmse = 1 / alpha_bars[times[:-1]] - 1
+    return bound_of(mean, var, alpha_bars, times, mmse, x0_weight(times[1:-1], times[:-2], alpha_bars, "beta"))
+
+
+def bound_error_at_s(mean, var, alpha_bars, times):
+    right, late = error_of(var, alpha_bars[times[:-1]]), error_of(var, alpha_bars[times[1:]])
+    mmse = torch.cat([late[:-1], right[-1:]])
+    return bound_of(mean, var, alpha_bars, times, mmse, x0_weight(times[1:-1], times[:-2], alpha_bars, "beta"))
+
+
 def bound_wrong_sign(mean, var, alpha_bars, times):
     terms, abar = gaussian_bound(mean, var, alpha_bars, times), alpha_bars[times[-2]]
     terms[-1] -= error_of(var, abar) / (1 - abar)
+    return terms
+
+
+def bound_wrong_log(mean, var, alpha_bars, times):
+    terms, abar = gaussian_bound(mean, var, alpha_bars, times), alpha_bars[times[:1]]
+    return torch.cat([0.5 * (abar * (mean**2 + var) - abar - abar.log()), terms[1:]])
+
+
+def bound_no_pi(mean, var, alpha_bars, times):
+    terms = gaussian_bound(mean, var, alpha_bars, times)
+    terms[-1] -= 0.5 * math.log(2 * math.pi)
     return terms
 
 
@@ -1060,15 +1165,15 @@ def bounded(g, steps, times):
 
 BOUND = Exercise(
     "gaussian_bound",
-    points=4,
-    minutes=40,
+    points=5,
+    minutes=45,
     difficulty=4,
     reference=gaussian_bound,
     outputs=("terms",),
-    visible=Group(1, lambda g: [bounded(g, 12, [12, 9, 5, 2, 0]), bounded(g, 7, [7, 3, 0])]),
+    visible=Group(1, lambda g: [bounded(g, 12, [12, 9, 5, 2, 0]), bounded(g, 9, [7, 3, 0])]),
     hidden={
         "other data and schedules": Group(
-            1.5,
+            2,
             lambda g: [
                 bounded(g, 20, subset(g, 20, 7)),
                 bounded(g, 9, subset(g, 9, 4)),
@@ -1076,13 +1181,37 @@ BOUND = Exercise(
             ],
         ),
         "one step, and every step": Group(
-            1.5, lambda g: [bounded(g, 7, [5, 0]), bounded(g, 7, list(range(7, -1, -1))), bounded(g, 10, [10, 8, 3, 0])]
+            2, lambda g: [bounded(g, 7, [5, 0]), bounded(g, 7, list(range(7, -1, -1))), bounded(g, 10, [10, 8, 3, 0])]
         ),
     },
     mistakes={
         "you forgot the variance of x_0 in L_T": (
             bound_var_forgotten,
             "L_T is a mean over the data, and the mean of x_0² is mean² + var.",
+        ),
+        "you forgot the mean of x_0 in L_T": (
+            bound_mean_forgotten,
+            "L_T is a mean over the data, and the mean of x_0² is mean² + var.",
+        ),
+        "you wrote log ᾱ_T where log(1 − ᾱ_T) belongs in L_T": (
+            bound_wrong_log,
+            "The logarithm in a KL is that of the variances, and q(x_T | x_0) has variance 1 − ᾱ_T.",
+        ),
+        "you forgot the 2π in L_0": (
+            bound_no_pi,
+            "L_0 is no KL, in which 2π cancels, but minus the log of a density: ½ log(2πσ²) stands in it.",
+        ),
+        "you took L_T at the end of the table": (
+            bound_whole_chain,
+            "This chain starts at times[0], which need not be the last entry of the table.",
+        ),
+        "you forgot what the denoiser knows before it looks": (
+            bound_prior_forgotten,
+            "(1 − ᾱ_t)/ᾱ_t is the error of x_t/√ᾱ_t alone. Add the precision of the data: 1/mmse = 1/var + ᾱ_t/(1 − ᾱ_t).",
+        ),
+        "you took the denoiser's error at s instead of t": (
+            bound_error_at_s,
+            "The denoiser is asked at t, before the step.",
         ),
         "the squared error in L_0 has a minus sign": (
             bound_wrong_sign,
