@@ -71,8 +71,8 @@ import numpy, torch
 """
 
 
-def homework(*names: str) -> grading.Tests:
-    return grading.Tests("hwX", f"NAMES = {list(names)!r}\n{TEXT}", SEED)
+def homework(*names: str) -> grading.HiddenTests:
+    return grading.HiddenTests("hwX", f"NAMES = {list(names)!r}\n{TEXT}", SEED)
 
 
 def function(body: str, name: str = "blend") -> str:
@@ -518,9 +518,11 @@ def test_the_walls_stand():
         """
         status = dict(line.split(":\\t") for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
         libc = ctypes.CDLL(None, use_errno=True)
+        if not (child := os.fork()):  # a process with threads may not make one anyway
+            os._exit(libc.unshare(0x10000000) != 0)
         walls = {
             "uid": os.getuid(), "capabilities": [status[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")],
-            "no new rights": status["NoNewPrivs"], "user namespace": libc.unshare(0x10000000),
+            "no new rights": status["NoNewPrivs"], "user namespace": os.waitpid(child, 0)[1] >> 8,
             "mount": libc.mount(b"none", b"/tmp", b"tmpfs", 0, None), "host": socket.gethostname(),
             "networks": [name for _, name in socket.if_nameindex()], "names": sorted(os.environ),
             "user": [os.environ[name] for name in ("HOME", "USER")],
@@ -531,7 +533,7 @@ def test_the_walls_stand():
     walls = json.loads(result["output"])
     assert walls["uid"] not in (0, os.getuid()) or os.getuid() != 0
     assert all(int(bits, 16) == 0 for bits in walls["capabilities"]) and walls["no new rights"] == "1"
-    assert walls["user namespace"] == walls["mount"] == -1
+    assert walls["user namespace"] == 1 and walls["mount"] == -1
     assert walls["networks"] == ["lo"] and walls["host"] == "sandbox" != socket.gethostname()
     assert walls["user"] == ["/tmp", "student"] and result["score"] == 5
     assert set(walls["names"]) - set(sandbox.ENV) <= {
@@ -594,7 +596,7 @@ PROTOCOL = {
     "a frame that swallows others": ("did not finish within 2 seconds", "send(struct.pack('>I', 9999))"),
     "endless frames": (
         "did not finish within 2 seconds",
-        "data = form({'cell': 10**4299}) * 100\nwhile True: send(data)",
+        "data = form({'cell': 10**4300 - 1}) * 100\nwhile True: send(data)",
     ),
     "the end too early": ("malformed|before it was asked", "send(form({'failed': []}))"),
     "an end of another form": ("malformed|before it was asked", "send(form({'failed': {'cell': 1}}))"),
@@ -751,6 +753,7 @@ def mutated(data: bytes, source: random.Random) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.filterwarnings("ignore:Reading `.npy`")  # of some odd headers NumPy thinks that Python 2 wrote them
 def test_no_message_does_more_than_a_value_error():
     source, valid = random.Random(5), []
     for value in VALUES:
@@ -762,7 +765,7 @@ def test_no_message_does_more_than_a_value_error():
         try:
             form, arrays = wire.unpack(mutated(valid[number % len(valid)], source))
             read += 1
-            decode(form, arrays)
+            decode(form, arrays, tensor=lambda a: a)
         except (ValueError, OverflowError):
             continue
     assert 100 < read < 3000  # some still are messages, many are none

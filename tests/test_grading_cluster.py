@@ -51,9 +51,7 @@ def test_a_worker_killed_in_the_middle_changes_no_grade(course, capfd):
         assert result.exit_code == 0 and "6 of 6 submissions" in result.output
         assert until(lambda: not ours(MEMORY), 2), ours(MEMORY)
     assert killed and killed[0] > 0, "the worker was to have work when it was killed"
-    e = capfd.readouterr().err
-    open("/tmp/w/t5/err", "w").write(e)
-    assert len(e.splitlines()) < 20  # no flood of warnings
+    assert len(capfd.readouterr().err.splitlines()) < 20  # no flood of warnings
 
     (course / "here").mkdir()
     shutil.copy(out / "run.json", course / "here")  # the same seed

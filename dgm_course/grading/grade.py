@@ -13,7 +13,7 @@ from dgm_course.homework import plain
 from dgm_course.homework.values import decode, encode
 from dgm_course.homework.verdict import judge, unfinished
 
-__all__ = ["Limits", "Tests", "failure", "grade"]
+__all__ = ["Limits", "HiddenTests", "failure", "grade"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Tests:
+class HiddenTests:
     """The hidden tests of one homework, as text, so that they can be sent to another machine.
 
     Arguments:
@@ -59,7 +59,7 @@ class Tests:
         return made
 
 
-def grade(submission: Submission, tests: Tests, limits: Limits, level: str) -> dict:
+def grade(submission: Submission, tests: HiddenTests, limits: Limits, level: str) -> dict:
     """The result of one submission, whatever is wrong with it.
 
     Arguments:
@@ -85,7 +85,7 @@ def grade(submission: Submission, tests: Tests, limits: Limits, level: str) -> d
     return result
 
 
-def blank(submission: Submission, tests: Tests, limits: Limits, level: str) -> dict:
+def blank(submission: Submission, tests: HiddenTests, limits: Limits, level: str) -> dict:
     """A result that holds no points yet."""
     return {
         "student": submission.student,
@@ -105,14 +105,14 @@ def blank(submission: Submission, tests: Tests, limits: Limits, level: str) -> d
     }
 
 
-def failure(submission: Submission, tests: Tests, limits: Limits, problem: str) -> dict:
+def failure(submission: Submission, tests: HiddenTests, limits: Limits, problem: str) -> dict:
     """The result of a submission that could not be graded for no fault of its own; it is tried again next time."""
     result = {**blank(submission, tests, limits, "none"), "problem": problem, "retry": True}
     result["exercises"] = [score(exercise, tests.cases()[name], {}) for name, exercise in tests.exercises.items()]
     return result
 
 
-def run(sources: list[str], tests: Tests, limits: Limits, level: str, result: dict) -> dict:
+def run(sources: list[str], tests: HiddenTests, limits: Limits, level: str, result: dict) -> dict:
     """Execute the cells, ask every function; the answers by exercise and group. Fills in what concerns the notebook."""
     total = limits.notebook_seconds + limits.exercise_seconds * len(tests.exercises)
     processes = None if level == "none" else 64  # without a user of its own the instructor's processes would count too

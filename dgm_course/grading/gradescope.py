@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dgm_course.grading import report, run, submission
 from dgm_course.grading.exercise import load
-from dgm_course.grading.grade import Limits, Tests
+from dgm_course.grading.grade import Limits, HiddenTests
 
 __all__ = ["bundle", "main"]
 
@@ -52,7 +52,7 @@ def bundle(root: Path, homework: str, target: Path) -> Path:
 def main(root: Path, homework: str) -> None:
     """Grade the submission of one student in Gradescope's layout; the container is the sandbox where there is no other."""
     file = root / "source" / "hidden" / f"{homework}.py"
-    tests = Tests(homework, file.read_text(encoding="utf-8"), secrets.randbelow(2**31))
+    tests = HiddenTests(homework, file.read_text(encoding="utf-8"), secrets.randbelow(2**31))
     handed_in = submission.find([root / "submission"])
     if len(handed_in) > 1:
         handed_in = [one for one in handed_in if Path(one.file).name.startswith(homework) and one.problem is None]

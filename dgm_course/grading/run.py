@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_co
 from dataclasses import asdict
 from pathlib import Path
 
-from dgm_course.grading.grade import Limits, Tests, failure, grade
+from dgm_course.grading.grade import Limits, HiddenTests, failure, grade
 from dgm_course.grading.report import write_atomically
 from dgm_course.grading.sandbox import level
 from dgm_course.grading.submission import Submission
@@ -24,7 +24,7 @@ class Untrusted(RuntimeError):
     """This machine has no sandbox, and nobody said that the submissions can be trusted."""
 
 
-def open_folder(out: Path, homework: str, text: str, limits: Limits) -> Tests:
+def open_folder(out: Path, homework: str, text: str, limits: Limits) -> HiddenTests:
     """The tests that a folder of grades is for: with its seed if there is one already, else with a new one.
 
     What a grader that was killed was writing is removed.
@@ -46,7 +46,7 @@ def open_folder(out: Path, homework: str, text: str, limits: Limits) -> Tests:
         write_atomically(file, json.dumps({**wanted, "seed": seed}, indent=1))
     for part in unfinished:
         part.unlink(missing_ok=True)
-    return Tests(homework, text, seed)
+    return HiddenTests(homework, text, seed)
 
 
 def kept(file: Path, wanted: dict) -> int:
@@ -75,7 +75,7 @@ def finished(out: Path, submission: Submission) -> dict | None:
 
 def grade_all(
     submissions: list[Submission],
-    tests: Tests,
+    tests: HiddenTests,
     limits: Limits,
     out: Path,
     *,
@@ -112,7 +112,7 @@ def grade_all(
         yield result
 
 
-def one(submission: Submission, tests: Tests, limits: Limits, trust: bool) -> dict:
+def one(submission: Submission, tests: HiddenTests, limits: Limits, trust: bool) -> dict:
     """Grade one submission on the machine where this is called."""
     found = level()
     if found != "bubblewrap" and not trust:
@@ -126,7 +126,7 @@ def one(submission: Submission, tests: Tests, limits: Limits, trust: bool) -> di
         return failure(submission, tests, limits, f"the grader failed, and tries again next time: {error!r}")
 
 
-def here(waiting: list[Submission], tests: Tests, limits: Limits, trust: bool, jobs: int) -> Iterator[dict]:
+def here(waiting: list[Submission], tests: HiddenTests, limits: Limits, trust: bool, jobs: int) -> Iterator[dict]:
     """Grade on this machine, several at a time; an interruption ends those that run."""
     threads: list[int] = []
     with ThreadPoolExecutor(jobs, initializer=lambda: threads.append(threading.get_native_id())) as pool:
@@ -150,7 +150,9 @@ def end(threads: list[int], futures: list[Future]) -> None:
         wait(futures, 0.2)
 
 
-def on_cluster(address: str, waiting: list[Submission], tests: Tests, limits: Limits, trust: bool) -> Iterator[dict]:
+def on_cluster(
+    address: str, waiting: list[Submission], tests: HiddenTests, limits: Limits, trust: bool
+) -> Iterator[dict]:
     """Grade on the workers of a Dask cluster; what a dead worker had is done by another."""
     try:
         from distributed import Client, as_completed

@@ -83,51 +83,36 @@ def bubblewrap(uid: int, package: Path) -> list[str]:
     if not shutil.which("bwrap"):
         raise FileNotFoundError("bwrap is not installed")
     root = os.geteuid() == 0
-    walls = [
-        "bwrap",
-        "--die-with-parent",
-        "--new-session",
-        "--unshare-pid",
-        "--unshare-net",
-        "--unshare-ipc",
-        "--unshare-uts",
-    ]
-    walls += ["--unshare-cgroup-try", "--hostname", "sandbox", "--proc", "/proc", "--dev", "/dev"]
-    walls += (
-        []
-        if root
-        else ["--unshare-user", "--disable-userns", "--uid", str(uid), "--gid", str(uid), "--cap-drop", "ALL"]
-    )
+    walls = "bwrap --die-with-parent --new-session --unshare-pid --unshare-net --unshare-ipc --unshare-uts".split()
+    walls += "--unshare-cgroup-try --hostname sandbox --proc /proc --dev /dev".split()
+    if not root:
+        walls += f"--unshare-user --disable-userns --uid {uid} --gid {uid} --cap-drop ALL".split()
     for folder in ("/tmp", "/dev/shm"):
-        walls += ["--perms", "1777", "--size", str(TMP), "--tmpfs", folder]
+        walls += f"--perms 1777 --size {TMP} --tmpfs {folder}".split()
     walls += ["--remount-ro", "/dev"]  # else who makes walls without root owns it, and it has no limit
-    walls += ["--ro-bind", "/usr", "/usr"]
-    for folder in ("/bin", "/lib", "/lib64", "/sbin"):
-        if os.path.islink(folder):
-            walls += ["--symlink", os.readlink(folder), folder]
-        elif os.path.isdir(folder):
-            walls += ["--ro-bind", folder, folder]
-    walls += [*parents("/etc/ld.so.cache"), "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    for folder in sorted({sys.prefix, sys.base_prefix}):
-        walls += [*parents(folder), "--ro-bind", folder, folder]
-    walls += ["--perms", "0755", "--dir", "/course", "--ro-bind", str(package), "/course/dgm_course"]
-    walls += ["--remount-ro", "/", "--chdir", "/tmp"]
+    walls += [*files(package), "--remount-ro", "/", "--chdir", "/tmp"]
     if not root:
         return walls
     # Root makes the walls without a user namespace, for it may read what a home folder hides; then it becomes nobody. A second
     # pair of walls is there only to take away the right to make user namespaces.
-    inner = [
-        "bwrap",
-        "--unshare-user",
-        "--disable-userns",
-        "--die-with-parent",
-        "--dev-bind",
-        "/",
-        "/",
-        "--chdir",
-        "/tmp",
-    ]
+    inner = "bwrap --unshare-user --disable-userns --die-with-parent --dev-bind / / --chdir /tmp".split()
     return [*walls, *drop(uid), *inner]
+
+
+def files(package: Path) -> list[str]:
+    """What can be read inside: the system's programs, the Python environment, and the package in /course."""
+    words = ["--ro-bind", "/usr", "/usr"]
+    for folder in ("/bin", "/lib", "/lib64", "/sbin"):
+        if os.path.islink(folder):
+            words += ["--symlink", os.readlink(folder), folder]
+        elif os.path.isdir(folder):
+            words += ["--ro-bind", folder, folder]
+    words += parents("/etc/fonts")
+    for place in ("/etc/fonts", "/etc/ld.so.cache"):
+        words += ["--ro-bind-try", place, place]
+    for folder in sorted({sys.prefix, sys.base_prefix}):
+        words += [*parents(folder), "--ro-bind", folder, folder]
+    return [*words, *parents("/course/dgm_course"), "--ro-bind", str(package), "/course/dgm_course"]
 
 
 def parents(folder: str) -> list[str]:

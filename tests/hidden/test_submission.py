@@ -7,7 +7,7 @@ import pytest
 
 from dgm_course.grading import sandbox, submission
 from dgm_course.grading.exercise import load
-from dgm_course.grading.grade import Limits, Tests, grade
+from dgm_course.grading.grade import Limits, HiddenTests, grade
 
 HERE = Path(__file__).parent
 HOMEWORK = {file.stem: file for file in sorted(HERE.glob("hw*.py"))}
@@ -50,7 +50,7 @@ def graded(request):
         if notebook not in results:
             (found,) = submission.find([notebook])
             seed = secrets.randbelow(2**31)
-            tests = Tests(homework, HOMEWORK[homework].read_text(encoding="utf-8"), seed)
+            tests = HiddenTests(homework, HOMEWORK[homework].read_text(encoding="utf-8"), seed)
             results[notebook] = grade(found, tests, Limits(), level)
         return results[notebook]
 
