@@ -37,14 +37,14 @@
 # %% [markdown]
 # ## How it works
 #
-# Replace each `raise NotImplementedError` by your code, and run the cell below it. `hw.check` tries your function on a few cases and says ✓, or what differs; some mistakes it knows by sight. When all is right, the cell goes on and draws a figure with *your* function.
+# Replace each `raise NotImplementedError` by your code, and run the cell below it. `hw.check` tries your function on a few cases and says ✓, or ✗ and what differs (or · while nothing is written yet); some mistakes it knows by sight. When all is right, the cell goes on and draws a figure with *your* function.
 #
 # - **Keep names, arguments and results as they are asked for.** Work in as many cells as you like, and write helpers if you want them; the six functions are found by their names.
 # - **Hidden cases count too.** In each exercise 1 point is for cases like those that you can try here, with other numbers. The rest is for cases you have not seen: other shapes, a batch of one, float64, the first and the last time.
 # - **Leave inputs unchanged.** `x += 1` and functions that end in `_` change a tensor that is not yours.
 # - **Results have the dtype of the image argument**, unless said otherwise. Good practice: work out coefficients in float64, and cast them last, for near the data $1-\bar\alpha_t$ loses its digits in float32.
 # - **Write the formulas out.** The course's kernels that do the same (`chain.posterior`, `chain.bridge`, `samplers.ddpm`, …) are refused inside your functions. Your own earlier functions are welcome.
-# - **Limits, unless your instructor says otherwise:** 60 seconds for the notebook from top to bottom, 10 seconds and 6 GB for the cases of one exercise. A notebook that takes longer is not graded at all, so delete slow cells before you hand in. (Figures are not drawn while it is graded.)
+# - **Limits, unless your instructor says otherwise:** 60 seconds for the notebook from top to bottom, 10 seconds for the cases of one exercise, 6 GB of memory. A notebook that takes longer than its 60 seconds is not graded at all, so delete slow cells before you hand in. (Figures are not drawn while it is graded.)
 #
 # Each exercise ends with a short question, which the minutes do not include. It carries no points, but it is where the thinking is. Answer it before you go on.
 #
@@ -74,8 +74,8 @@ hw = homework.load("hw3")
 g = torch.Generator().manual_seed(3)  # where all chance in the figures comes from
 
 # %% [markdown]
-# In all exercises `alpha_bars` is a table of $\bar\alpha_0, \dots, \bar\alpha_T$ in float64, of shape (T + 1,), with $\bar\alpha_0 = 1$: the number $\bar\alpha_t$ is `alpha_bars[t]`.
-# Images have shape (B, …), whatever comes after B, and **each image of a batch has its own time**: `t` is an int64 tensor of shape (B,), and so is `s`.
+# Wherever it stands, `alpha_bars` is a table of $\bar\alpha_0, \dots, \bar\alpha_T$ in float64, of shape (T + 1,), with $\bar\alpha_0 = 1$: the number $\bar\alpha_t$ is `alpha_bars[t]`.
+# Images have shape (B, …), whatever comes after B, and in exercises 1 to 4 **each image of a batch has its own time** (in 3, its own $\bar\alpha$): `t` is an int64 tensor of shape (B,), and so is `s`.
 #
 # So a coefficient has shape (B,) and an image (B, 1, 28, 28), and they cannot be multiplied as they are. This helper does it; you may use it wherever you like.
 
@@ -103,6 +103,19 @@ table = digit_model.path.alpha(torch.arange(1001, dtype=torch.float64) / 1000) *
 def guess(x, t, y):
     """The model's x̂_0 for images at step t of 1000, with the labels y."""
     return clipped(digit_model)(x, t / 1000, y=y)
+
+
+# %%
+def draw(y, steps, slip=False):
+    """A digit for each label in y, by your function of exercise 5. With the slip, a leap gets the noise of a single step."""
+    start = torch.randn(len(y), 1, 28, 28, generator=g)
+    noise = torch.randn(steps, *start.shape, generator=g)
+    times = torch.linspace(1000, 0, steps + 1).round().long()
+    if slip:  # what multiplies z then is √β_t instead of √β_{t|s}, the noise of the whole leap
+        abar, before, after = table[times[:-1]], table[times[:-1] - 1], table[times[1:]]
+        wrong = ((1 - abar / before) / (1 - abar / after)).sqrt()
+        noise = noise * wrong.float().reshape(-1, 1, 1, 1, 1)
+    return sample_subset(lambda x, t: guess(x, t, y), start, times, table, noise)
 
 
 # %% [markdown]
@@ -428,18 +441,6 @@ def sample_subset(denoiser: Callable, x: Tensor, times: Tensor, alpha_bars: Tens
 
 
 # %%
-def draw(y, steps, slip=False):
-    """A digit for each label in y, by your function. With the slip, a leap gets the noise of a single step."""
-    start = torch.randn(len(y), 1, 28, 28, generator=g)
-    noise = torch.randn(steps, *start.shape, generator=g)
-    times = torch.linspace(1000, 0, steps + 1).round().long()
-    t, s = times[:-1], times[1:]
-    if slip:  # what multiplies z then is √β_t instead of √β_{t|s}
-        wrong = ((1 - table[t] / table[t - 1]) / (1 - table[t] / table[s])).sqrt()
-        noise = noise * wrong.float().reshape(-1, 1, 1, 1, 1)
-    return sample_subset(lambda x, t: guess(x, t, y), start, times, table, noise)
-
-
 if hw.check(sample_subset):
     drawn = {f"{steps} steps": draw(torch.arange(10), steps) for steps in (10, 25, 100)}
     plots.rows(list(drawn.values()), labels=list(drawn))
@@ -451,7 +452,7 @@ if hw.check(sample_subset):
     claim("with the noise of single steps it varies less than two thirds as much", weak < real * 2 / 3)
 
 # %% [markdown]
-# **What to see.** Above: ten steps already draw digits, with faint specks of noise around them; with more steps the specks go. They come from the upper choice of $\Sigma_\theta$, which adds more noise than the step took away: exercise 4 found the true variance near the lower one. Below: fours, real ones, and drawn in 25 steps with the right noise and with noise that is too weak. (Not every digit succeeds, in any row.)
+# **What to see.** Above: ten steps already draw digits, with faint specks of noise around them; with more steps the specks go. They come from the upper choice of $\Sigma_\theta$, which leaves more noise in $x_s$ than belongs there: exercise 4 found the true variance near the lower one. Below: fours, real ones, and drawn in 25 steps with the right noise and with noise that is too weak. (Not every drawn digit succeeds, whatever the steps and the noise.)
 #
 # **Question.** A common slip is to take the noise of a leap from the table of single steps: $\beta_t$ and not $\beta_{t\mid s}$. With leaps of 40 steps the noise is then four to six times too weak, in all leaps but the first; this is the last row. Its digits look clean, each by itself even cleaner than the right ones. What is wrong with them, and how does it come about?
 #
@@ -531,7 +532,7 @@ if hw.check(gaussian_bound):
 # **Question.** The denoiser is perfect, and each step back of these chains *is* a Gaussian. Where does the gap come from? Why is there none for $\mathcal N(0, 1)$, and why does it fall like one over the number of steps, once there are many?
 #
 # <!-- BEGIN SOLUTION -->
-# Bound minus entropy is the KL divergence between the true walk back and the model's, so it is a sum over steps: $D_{KL}(q(x_T)\Vert p(x_T))$, and for each step the mean of $D_{KL}(q(x_s\mid x_t)\Vert p_\theta(x_s\mid x_t))$. Here both are Gaussians with the same mean, and what differs is the variance: the true one is $\tilde\beta+c^2\,\mathrm{Var}(x_0\mid x_t)$, where $c$ is the factor of $x_0$ in the mean, and the model says $\beta_{t\mid s}$. The two are equal for $V = 1$ and for no other $V$. If the true one is $r$ times the model's, the step costs $\frac12(r-1-\log r)$, which is about $\frac14(r-1)^2$ for $r$ near 1. With many steps $r-1$ is of the order of $1/N$, and $N$ steps cost $N\cdot 1/N^2$. (A trace comes from the start, for $q(x_T)$ is not quite $\mathcal N(0, 1)$: about $10^{-8}$ bits here.)
+# Bound minus entropy is the KL divergence between the true walk back and the model's, so it is a sum over steps: $D_{KL}(q(x_T)\Vert p(x_T))$, and for each step the mean of $D_{KL}(q(x_s\mid x_t)\Vert p_\theta(x_s\mid x_t))$. Here both are Gaussians with the same mean, and what differs is the variance: the true one is $\tilde\beta+c^2\,\mathrm{Var}(x_0\mid x_t)$, where $c$ is the factor of $x_0$ in the mean, and the model says $\beta_{t\mid s}$. The two are equal for $V = 1$ and for no other $V$. If the true one is $r$ times the model's, the step costs $\frac12(r-1-\log r)$, which is about $\frac14(r-1)^2$ for $r$ near 1. With many steps $r-1$ is of the order of $1/N$, and $N$ steps cost $N\cdot 1/N^2$. (A trace comes from the start, for $q(x_T)$ is not quite $\mathcal N(0, 1)$: less than $10^{-5}$ bits here.)
 # <!-- END SOLUTION -->
 
 # %% [markdown]
@@ -552,4 +553,4 @@ if hw.check(gaussian_bound):
 #
 # ## Hand in
 #
-# Restart the kernel, run all cells, and look for six lines with ✓. Save, and hand in this file as it is: `hw3_ddpm.ipynb`. Functions are found by name, so do not rename them. An exercise that you did not finish may stay as it is; it costs its own points and no others. (Exercise 5 may call your function of exercise 2, and exercise 6 that of exercise 4: then these must be right too.)
+# Restart the kernel, run all cells, and look for the six lines with ✓ and the name of a function. (The other lines with ✓ are claims about the figures.) Save, and hand in this file as it is: `hw3_ddpm.ipynb`. Functions are found by name, so do not rename them. An exercise that you did not finish may stay as it is; it costs its own points and no others. (Exercise 5 may call your function of exercise 2, and exercise 6 that of exercise 4: then these must be right too.)

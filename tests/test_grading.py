@@ -21,7 +21,8 @@ from dgm_course.grading.grade import blank
 from dgm_course.grading.sandbox import level
 
 ROOT = Path(__file__).parents[1]
-MEMORY = f"{6 + os.getpid() % 100_000 / 1e6:.6f}1"  # a limit that no other run has: it marks our processes; no zero ends it
+# A limit that no other run has: it marks our processes. No zero ends it, so that it is written the same everywhere.
+MEMORY = f"{6 + os.getpid() % 100_000 / 1e6:.6f}1"
 
 HIDDEN = """
 import torch

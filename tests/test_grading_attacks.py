@@ -172,7 +172,11 @@ FUNCTIONS = {
         "No space left on device",
         "for n in range(16):\n    with open(f'/tmp/part{n}', 'wb', 0) as file: file.write(bytes(2**26))",
     ),
-    "answers_80_mb": (0, "the process ended before it answered", "return torch.zeros(10 * 2**20, dtype=torch.float64)"),
+    "answers_80_mb": (
+        0,
+        "the process ended before it answered|no answer within",
+        "return torch.zeros(10 * 2**20, dtype=torch.float64)",
+    ),
     "answers_4_tb": (0, "the process ended before it answered", "return torch.zeros(1).expand(10**12)"),
     "closes_everything": (0, "the process ended before it answered", f"os.closerange(0, 256)\nreturn {RIGHT}"),
     "raises_what_has_no_text": (
@@ -258,7 +262,7 @@ def many(tmp_path_factory):
 def test_a_function_gets_its_fair_score_and_a_reason(many, name):
     score, reason, _ = FUNCTIONS[name]
     entry = many["entries"][name]
-    assert entry["score"] == score and reason in entry["message"], entry["message"]
+    assert entry["score"] == score and any(one in entry["message"] for one in reason.split("|")), entry["message"]
     assert [test["score"] for test in entry["tests"]] in ([2, 2, 1], [0, 0, 0])
 
 
@@ -605,7 +609,7 @@ PROTOCOL = {
         "send(form({'failed': [7, {'cell': 10**400}, {'cell': -1, 'error': {}}] + [0] * 10**6}))",
     ),
     "answers too early": (
-        "sent a reply before it was asked",
+        "sent a reply before it was asked|it changed its input",  # noticed, or taken for answers if they come a little later
         "answer = {'value': {'tensor': 0}, 'inputs': {'list': [{'tensor': 0}] * 3}}\n"
         f"blobs = [npy({HEADER % ('<f4', '2, 3')!r}, bytes(24))]\n"
         "for _ in range(4): send(form({'answers': [answer, answer]}, *blobs))",

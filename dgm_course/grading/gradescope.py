@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dgm_course.grading import report, run, submission
 from dgm_course.grading.exercise import load
-from dgm_course.grading.grade import Limits, HiddenTests
+from dgm_course.grading.grade import HiddenTests, Limits
 
 __all__ = ["bundle", "main"]
 

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_co
 from dataclasses import asdict
 from pathlib import Path
 
-from dgm_course.grading.grade import Limits, HiddenTests, failure, grade
+from dgm_course.grading.grade import HiddenTests, Limits, failure, grade
 from dgm_course.grading.report import write_atomically
 from dgm_course.grading.sandbox import level
 from dgm_course.grading.submission import Submission

@@ -126,8 +126,9 @@ def collect(readable: int, deadline: float, most: int) -> tuple[bytes, bool]:
         if not piece:
             break
         data += piece
-        if len(data) >= 4 and len(data) >= 4 + int.from_bytes(data[:4], "big"):
-            break  # the answer is complete; a thread of the submission may keep the pipe open
+        end = 4 + int.from_bytes(data[:4], "big")
+        if len(data) >= 4 and not len(data) < end <= most:
+            break  # it is complete, and a thread of the submission may keep the pipe open; or it is too long to be read
     return bytes(data), False
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dgm_course.grading import sandbox, submission
 from dgm_course.grading.exercise import load
-from dgm_course.grading.grade import Limits, HiddenTests, grade
+from dgm_course.grading.grade import HiddenTests, Limits, grade
 
 HERE = Path(__file__).parent
 HOMEWORK = {file.stem: file for file in sorted(HERE.glob("hw*.py"))}
