@@ -152,10 +152,10 @@ def finished(notebook, target: Path, timeout: float):
     notebook.metadata = dict(METADATA)  # without the state of widgets, which need a kernel anyway
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            if "text/html" in output.get(
-                "data", {}
-            ):  # until the cell is run, the slider that needs no kernel is the better one
-                output.data.pop(WIDGET, None)
+            if "text/html" in output.get("data", {}):
+                output.data.pop(
+                    WIDGET, None
+                )  # until the cell is run, the slider that needs no kernel is the better one
     return notebook
 
 
