@@ -1,8 +1,18 @@
-"""Networks of the course: they map noisy data, a time in [0, 1] and a label to an output of the data's shape."""
+"""Networks of the course. Those of diffusion map noisy data, a time in [0, 1] and a label to an output of the data's shape."""
 
 from dgm_course.nets.classifier import Classifier
+from dgm_course.nets.conv import ConvCoupler, ConvDecoder, ConvEncoder
 from dgm_course.nets.embeddings import LabelEmbedding, TimeEmbedding
 from dgm_course.nets.mlp import MLP
 from dgm_course.nets.unet import UNet
 
-__all__ = ["MLP", "Classifier", "LabelEmbedding", "TimeEmbedding", "UNet"]
+__all__ = [
+    "MLP",
+    "Classifier",
+    "ConvCoupler",
+    "ConvDecoder",
+    "ConvEncoder",
+    "LabelEmbedding",
+    "TimeEmbedding",
+    "UNet",
+]
