@@ -11,7 +11,7 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 from torch import nn
 
-from dgm_course import nets, paths
+from dgm_course import flows, gan, nets, paths, vae
 from dgm_course.denoisers import Denoiser
 
 __all__ = ["build", "load", "names", "save"]
@@ -32,7 +32,7 @@ def names() -> list[str]:
 def load(name: str, folder: str | Path = FOLDER) -> Denoiser | nn.Module:
     """A trained denoiser in eval mode, float32, with its path as `.path` and its card as `.card`.
 
-    A classifier has no path: it comes as the network itself, with its card.
+    A classifier, a flow, a VAE and a GAN have no path: they come as they are, with their card.
 
     Arguments:
         name: One of `names()`.
@@ -72,8 +72,12 @@ def load(name: str, folder: str | Path = FOLDER) -> Denoiser | nn.Module:
 def build(card: dict) -> Denoiser | nn.Module:
     """The denoiser that a card describes, or the classifier if it says what it `"classifies"`, with fresh weights.
 
-    A card names the class and the settings of the network, `"net": {"class": "UNet", …}`, and likewise of the path.
+    A card names the class and the settings of the network, `"net": {"class": "UNet", …}`, and likewise of the path; or
+    of a whole `"model"`, a flow, a VAE or a GAN.
     """
+    if "model" in card:
+        model = dict(card["model"])
+        return {"RealNVP": flows.RealNVP, "ConvVAE": vae.ConvVAE, "ConvGAN": gan.ConvGAN}[model.pop("class")](**model)
     net = dict(card["net"])
     net = getattr(nets, net.pop("class"))(**net)
     if "classifies" in card:

@@ -12,12 +12,17 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 
-from dgm_course import checkpoints, data, losses, metrics, samplers, tables, training
-from dgm_course.denoisers import Denoiser, clipped
+from dgm_course import checkpoints, data, metrics, objectives, tables, training
 
-__all__ = ["RECIPES", "names", "quality", "train"]
+__all__ = ["RECIPES", "names", "train"]
+
+GAN_FIT = {
+    "lr": 1e-3,
+    "betas": [0.0, 0.99],
+    "weight_decay": 0.0,
+}  # Adam's usual memory of past gradients makes players circle
 
 RECIPES = {
     "mnist-classifier": {
@@ -29,6 +34,48 @@ RECIPES = {
         "batch": 128,
         "seed": 0,
     },
+    "mnist-collapse": {
+        "what": "a VAE with its KL weighted by β and the variance of its pixels held fixed: latents collapse",
+        "data": "mnist",
+        "model": {"class": "ConvVAE"},
+        "vary": {"beta": [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]},
+        "steps": 1200,
+        "batch": 128,
+        "seed": 0,
+        "fit": {"precision": "float32", "ema": 0.99},
+        "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
+    },
+    "mnist-gan": {
+        "what": "GAN on MNIST: the non-saturating loss, the gradient penalty on real images, both players trained at once",
+        "data": "mnist",
+        "model": {"class": "ConvGAN", "latent": 32},
+        "penalty": 1.0,
+        "steps": 4000,
+        "batch": 128,
+        "seed": 0,
+        "fit": GAN_FIT | {"ema": 0.999},
+        "scored with": {"classifier": "mnist-classifier", "samples": 2000, "draws": 3},
+    },
+    "mnist-generators": {
+        "what": "VAE, GAN and diffusion of about equal size, trained for about equal times, over seeds",
+        "data": "mnist",
+        "vary": {"kind": ["VAE", "GAN", "diffusion"], "seed": [0, 1, 2, 3]},
+        "kinds": {
+            "VAE": {"model": {"class": "ConvVAE"}, "steps": 2000},
+            "GAN": {"model": {"class": "ConvGAN"}, "fit": GAN_FIT | {"precision": "float32", "ema": 0.99}},
+            "diffusion": {
+                "net": {"class": "UNet", "channels": [24, 48], "blocks": [2, 2], "num_classes": 0},
+                "path": {"class": "Cosine"},
+                "predicts": "v",
+                "times": "logit-normal",
+                "steps": 700,
+            },
+        },
+        "steps": 1000,
+        "batch": 128,
+        "fit": {"precision": "float32", "ema": 0.99},
+        "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
+    },
     "mnist-predictions": {
         "what": "noise, clean image or v predicted by the same network with the same data and budget, over seeds",
         "data": "mnist",
@@ -39,6 +86,35 @@ RECIPES = {
         "batch": 128,
         "fit": {"precision": "float32", "ema": 0.99},
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "steps": 50, "draws": 1},
+    },
+    "mnist-realnvp": {
+        "what": "RealNVP on MNIST: couplings at two resolutions, with checkerboard and channel masks",
+        "data": "mnist",
+        "model": {"class": "RealNVP"},
+        "steps": 12000,
+        "batch": 128,
+        "seed": 0,
+        "scored with": {"classifier": "mnist-classifier", "samples": 2000, "draws": 3},
+    },
+    "mnist-vae": {
+        "what": "VAE on MNIST with 16 latents, the variance of its pixels learned",
+        "data": "mnist",
+        "model": {"class": "ConvVAE", "latent": 16},
+        "steps": 9000,
+        "batch": 128,
+        "seed": 0,
+        "fit": {"ema": 0.9995},
+        "scored with": {"classifier": "mnist-classifier", "samples": 2000, "draws": 3},
+    },
+    "mnist-vae-2d": {
+        "what": "VAE on MNIST with 2 latents, which can be drawn as a map",
+        "data": "mnist",
+        "model": {"class": "ConvVAE", "latent": 2},
+        "steps": 6000,
+        "batch": 128,
+        "seed": 0,
+        "fit": {"ema": 0.9995},
+        "scored with": {"classifier": "mnist-classifier", "samples": 2000, "draws": 3},
     },
     "mnist-unet": {
         "what": "class-conditional U-Net on MNIST, v-prediction on the cosine path, labels dropped 10 %",
@@ -106,7 +182,7 @@ def _fit(card: dict, x: Tensor, y: Tensor, state: Path | None = None) -> tuple[t
     """Train what a card describes; returns the result and the function that scores it on test images."""
     torch.manual_seed(card["seed"])
     model = checkpoints.build(card)
-    loss, draw, score = (_classification if "classifies" in card else _denoising)(card, model, x, y)
+    loss, draw, score = objectives.objective(card, model, x, y)
     return training.fit(model, loss, draw, steps=card["steps"], state=state, **card.get("fit", {})), score
 
 
@@ -118,7 +194,7 @@ def _table(name: str, card: dict, train: tuple[Tensor, Tensor], test: tuple[Tens
         card = before
     for values in list(itertools.product(*card["vary"].values()))[len(card["rows"]) :]:
         row = dict(zip(card["vary"], values, strict=True))
-        done, score = _fit(card | row, *train)
+        done, score = _fit(card | row | card.get("kinds", {}).get(row.get("kind"), {}), *train)
         first = [round(value, 5) for value in done.losses[:3]]
         card["rows"].append(
             row | score(done.ema, *test) | {"first losses": first, "minutes": round(done.seconds / 60, 2)}
@@ -144,93 +220,3 @@ def _floor(card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
 
 def _machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-
-
-def _denoising(card: dict, denoiser: nn.Module, x: Tensor, y: Tensor) -> tuple[Callable, Callable, Callable]:
-    """Loss, batches and score of a denoiser: `losses.simple`, on the test set at 4 stratified times for each image."""
-    settings = {"size": card["batch"], "times": card.get("times", "uniform"), "seed": card["seed"]}
-    draw = training.batches(x, denoiser.path, y=y, null=card["net"]["num_classes"], **settings)
-
-    def score(denoiser, x, y):
-        batch = training.batches(x, denoiser.path, size=500, y=y, drop=0, seed=1)
-        with torch.no_grad():
-            values = [losses.simple(denoiser, **batch(step)).item() for step in range(4 * len(x) // 500)]
-        scores = {"test loss": round(sum(values) / len(values), 4)}
-        return scores | quality(denoiser, x, y, **card["scored with"]) if "scored with" in card else scores
-
-    return losses.simple, draw, score
-
-
-def _classification(card: dict, classifier: nn.Module, x: Tensor, y: Tensor) -> tuple[Callable, Callable, Callable]:
-    """Loss, batches and score of a classifier: cross-entropy on moved images; the share of test images it gets right."""
-
-    def draw(step):
-        g = torch.Generator().manual_seed(1_000_000 * card["seed"] + step)  # a pure function of the step, for resuming
-        chosen = torch.randint(len(x), (card["batch"],), generator=g)
-        return {"x": _moved(x[chosen], g), "y": y[chosen]}
-
-    def loss(model, x, y):
-        return nn.functional.cross_entropy(model(x), y)
-
-    def score(classifier, x, y):
-        with torch.no_grad():
-            right = torch.cat([classifier(part).argmax(1) for part in x.split(500)]) == y
-        return {"accuracy on the test set": round(right.double().mean().item(), 4)}
-
-    return loss, draw, score
-
-
-def quality(
-    denoiser: Denoiser,
-    x: Tensor,
-    y: Tensor,
-    *,
-    classifier: str,
-    samples: int,
-    steps: int,
-    draws: int,
-    eta: float = 0.0,
-    seed: int = 0,
-) -> dict[str, float]:
-    """How good a class-conditional model's samples are, to a shipped classifier: as many of each class, by DDIM.
-
-    Arguments:
-        denoiser: A denoiser with labels; its guesses are clipped to [−1, 1].
-        x, y: Real images that it was not trained on, and their labels.
-        classifier: Name of the checkpoint whose features and answers are used.
-        samples: Samples in a draw, in equal parts of every class, compared with as many of `x`.
-        steps: Steps of DDIM, equally spaced.
-        eta: DDIM's share of fresh noise.
-        draws: Independent draws of samples and of images; the scores are their means.
-
-    Returns:
-        The share classified as asked for, and the Fréchet distance to the real images.
-    """
-    judge, g = checkpoints.load(classifier), torch.Generator().manual_seed(seed)
-    asked = torch.arange(int(y.max()) + 1).repeat_interleave(samples // (int(y.max()) + 1))
-    right, distance = [], []
-    for _ in range(draws):
-        drawn, real = [], data.balanced(x, y, samples, g)[0]
-        for labels in asked.split(250):
-            conditional = clipped(lambda xt, t, labels=labels: denoiser(xt, t, y=labels))
-            noise = torch.randn(len(labels), *x.shape[1:], generator=g)
-            times = denoiser.path.times(steps)
-            states = samplers.ddim(conditional, denoiser.path, noise, times, eta=eta, generator=g)
-            drawn.append(samplers.last(states))
-        drawn = torch.cat(drawn)
-        with torch.no_grad():
-            right.append((judge(drawn).argmax(1) == asked).double().mean().item())
-            distance.append(metrics.frechet_distance(judge.features(drawn), judge.features(real)))
-    mean = {"classified as asked": sum(right) / draws, "Fréchet distance": sum(distance) / draws}
-    return {name: round(value, 4) for name, value in mean.items()}
-
-
-def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Images shifted by up to a fourteenth of their side, then turned by up to 0.2 rad and scaled by up to 10 %, at random."""
-    angle, log_scale, right, down = (2 * torch.rand(4, len(x), generator=generator) - 1) * torch.tensor(
-        [[0.2], [0.1], [1 / 7], [1 / 7]]
-    )
-    cos, sin = log_scale.exp() * angle.cos(), log_scale.exp() * angle.sin()
-    rows = torch.stack([torch.stack([cos, -sin, right], 1), torch.stack([sin, cos, down], 1)], 1)
-    grid = nn.functional.affine_grid(rows, list(x.shape), align_corners=False)
-    return nn.functional.grid_sample(x + 1, grid, align_corners=False) - 1  # outside is 0, the background −1

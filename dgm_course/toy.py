@@ -62,6 +62,21 @@ class GaussianMixture:
         z = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
         return self.means[k] + torch.einsum("nde,ne->nd", self._axes[k], self._spread[k].clamp(min=0).sqrt() * z)
 
+    @property
+    def mean(self) -> Tensor:
+        """The mixture's mean, shape (d,)."""
+        return self.weights @ self.means
+
+    @property
+    def cov(self) -> Tensor:
+        r"""The mixture's covariance, (d, d): that within the components and that between them.
+
+        .. math:: C = \sum_k w_k\,\bigl(C_k + (m_k - m)(m_k - m)^\top\bigr)
+        """
+        within = torch.einsum("k,kde,ke,kfe->df", self.weights, self._axes, self._spread, self._axes)
+        off = self.means - self.mean
+        return within + torch.einsum("k,kd,ke->de", self.weights, off, off)
+
     def log_prob(self, x: Tensor, path: GaussianPath | None = None, t: Time = 0.0) -> Tensor:
         """log p_t(x), shape (B,), for x of shape (B, d); without a path, the log-density of the data."""
         return self._terms(x, path, t)[0].logsumexp(1)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from dgm_course.flows.images import Logit, Split, Squeeze, channel_mask, checkerboard, squeeze
 from dgm_course.flows.transforms import ActNorm, Composed, Coupling, Transform, total
-from dgm_course.nets import ConvCoupler
+from dgm_course.nets import ConvCoupler, perceptron
+from dgm_course.nets.conv import zero
 
 __all__ = ["Flow", "RealNVP", "coupling_flow"]
 
@@ -48,7 +49,7 @@ class Flow(nn.Module):
     @torch.no_grad()
     def sample(self, number: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw samples; a temperature below 1 draws the noise closer to its mode."""
-        like = next(self.parameters())
+        like = next(self.parameters(), torch.empty(0))  # a flow may have none
         noise = torch.randn(number, *self.shape, generator=generator, dtype=like.dtype, device=like.device)
         return self.transform(temperature * noise)[0]
 
@@ -65,6 +66,7 @@ class RealNVP(Flow):
         widths: Channels of the coupling networks at the two resolutions.
         blocks: Residual blocks in a coupling network.
         couplings: How many couplings have checkerboard masks, channel masks, and channel masks at the lower resolution.
+        margin: That of `Logit`.
 
     Source:
         | Dinh et al. (2017), section 3.6; the normalization as in Glow (Kingma & Dhariwal, 2018), section 3.1
@@ -81,6 +83,7 @@ class RealNVP(Flow):
         widths: tuple[int, int] = (32, 64),
         blocks: int = 2,
         couplings: tuple[int, int, int] = (4, 4, 8),
+        margin: float = 1e-5,
     ):
         if side % 4:
             raise ValueError(f"side must be a multiple of 4; got {side}")
@@ -96,7 +99,7 @@ class RealNVP(Flow):
         high = [channel_mask(4, i % 2) for i in range(couplings[1])]
         deep = Split(Squeeze(Composed(*layers(8, widths[1], low))))
         folded = Composed(deep, *layers(4, widths[0], high), *layers(4, widths[0], boards))
-        super().__init__(Composed(Squeeze(folded), Logit()), (1, side, side))
+        super().__init__(Composed(Squeeze(folded), Logit(margin)), (1, side, side))
 
 
 def coupling_flow(dim: int = 2, depth: int = 8, width: int = 64) -> Flow:
@@ -116,12 +119,9 @@ def coupling_flow(dim: int = 2, depth: int = 8, width: int = 64) -> Flow:
         raise ValueError(f"dim must be at least 2, as one coordinate must stay; got {dim}")
 
     def network() -> nn.Module:
-        last = nn.Linear(width, 2 * dim)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        return nn.Sequential(
-            nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last
-        )  # zero at the end: the flow starts as the identity
+        net = perceptron(dim, width, width, 2 * dim)
+        zero(net[-1])  # the flow starts as the identity
+        return net
 
     masks = [((torch.arange(dim) + i) % 2).float() for i in range(depth)]
     return Flow(Composed(*(Coupling(mask, network()) for mask in masks)), (dim,))

@@ -49,7 +49,8 @@ def dequantize(x: Tensor, noise: Tensor, levels: int = 256) -> Tensor:
     if noise.numel() and not (noise.min() >= 0 and noise.max() < 1):
         raise ValueError(f"noise must lie in [0, 1); got values from {noise.min():g} to {noise.max():g}")
     level = (x + 1) / 2 * (levels - 1)
-    if not bool(((level - level.round()).abs() < 1e-2).all()) or level.min() < -0.5 or level.max() > levels - 0.5:
+    known = ((level - level.round()).abs() < 1e-2) & (level > -0.5) & (level < levels - 0.5)
+    if not bool(known.all()):
         raise ValueError(f"x must hold {levels} grey levels in [−1, 1]; got values that are none of them")
     return (level.round() + noise) / levels
 
@@ -181,12 +182,13 @@ class Split(Transform):
 
 
 class Logit(Transform):
-    r"""From all real numbers to [0, 1] and back, so that no probability is lost outside of it.
+    r"""From all real numbers to [0, 1] and, by the margin, a little beyond; back it takes [0, 1] only.
 
     .. math:: x = \frac{\mathrm{sigmoid}(z) - \lambda}{1 - 2\lambda}, \qquad
               \log\Bigl|\frac{dx}{dz}\Bigr| = \log\mathrm{sigmoid}(z) + \log\mathrm{sigmoid}(-z) - \log(1 - 2\lambda)
 
-    The margin λ keeps black and white away from ±∞.
+    The margin λ keeps black and white away from ±∞. Its price: x lies between −λ/(1 − 2λ) and 1 + λ/(1 − 2λ), so a little
+    probability is lost outside of [0, 1].
 
     Arguments:
         margin: λ, in (0, 1/2).

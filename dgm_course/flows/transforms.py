@@ -156,9 +156,7 @@ class Coupling(Transform):
         """s and t, both 0 where values stay."""
         raw = self.net(kept).to(kept.dtype)
         if raw.shape != (kept.shape[0], 2 * kept.shape[1], *kept.shape[2:]):
-            raise ValueError(
-                f"net must return twice the channels of {tuple(kept.shape)}; got shape {tuple(raw.shape)}"
-            )
+            raise ValueError(f"net must return twice the channels of {tuple(kept.shape)}; got shape {tuple(raw.shape)}")
         log_scale, shift = ((1 - self.mask) * part for part in raw.chunk(2, dim=1))
         return log_scale / (1 + log_scale.abs() / self.limit), shift
 
@@ -310,12 +308,16 @@ class Planar(Transform):
 
     def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         along, slope = x @ self.w, self.u @ self.w
-        low, high = along - slope.abs(), along + slope.abs()  # as |tanh| < 1
-        for _ in range(60):
-            a = (low + high) / 2
-            below = a + slope * torch.tanh(a + self.b) < along
-            low, high = torch.where(below, a, low), torch.where(below, high, a)
-        z = x - torch.tanh((low + high) / 2 + self.b)[:, None] * self.u
+        with torch.no_grad():
+            low, high = along - slope.abs(), along + slope.abs()  # as |tanh| < 1
+            for _ in range(60):
+                a = (low + high) / 2
+                below = a + slope * torch.tanh(a + self.b) < along
+                low, high = torch.where(below, a, low), torch.where(below, high, a)
+        ridge = torch.tanh(a + self.b)
+        rise = (1 + slope * (1 - ridge**2)).detach()
+        a = a - (a + slope * ridge - along) / rise  # a step of Newton: it hardly moves a, and gives it its gradient
+        z = x - torch.tanh(a + self.b)[:, None] * self.u
         return z, -self.forward(z)[1]
 
 

@@ -3,7 +3,7 @@
 from dgm_course.nets.classifier import Classifier
 from dgm_course.nets.conv import ConvCoupler, ConvDecoder, ConvEncoder
 from dgm_course.nets.embeddings import LabelEmbedding, TimeEmbedding
-from dgm_course.nets.mlp import MLP
+from dgm_course.nets.mlp import MLP, perceptron
 from dgm_course.nets.unet import UNet
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "LabelEmbedding",
     "TimeEmbedding",
     "UNet",
+    "perceptron",
 ]

@@ -1,5 +1,6 @@
 """Convolutional networks without a time: the two halves of VAE and GAN, and the network inside a coupling layer."""
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["ConvCoupler", "ConvDecoder", "ConvEncoder"]
@@ -17,7 +18,6 @@ class ConvEncoder(nn.Module):
         x (B, C, 28, 28) → (B, outputs).
 
     Example:
-        >>> import torch
         >>> ConvEncoder(8)(torch.zeros(3, 1, 28, 28)).shape
         torch.Size([3, 8])
     """
@@ -52,7 +52,6 @@ class ConvDecoder(nn.Module):
         z (B, latent) → (B, 1, 28, 28), in (−1, 1).
 
     Example:
-        >>> import torch
         >>> ConvDecoder(8)(torch.zeros(3, 8)).shape
         torch.Size([3, 1, 28, 28])
     """
@@ -81,40 +80,45 @@ class ConvDecoder(nn.Module):
 class ConvCoupler(nn.Module):
     """Residual convolutions from the kept values of an image to a scale and a shift for each value; zero at the start.
 
+    No normalization: a branch that starts at zero does not need it, and it would cost as much as the convolutions.
+
     Arguments:
         channels: Channels of the image.
-        width: Channels inside, a multiple of 8.
+        width: Channels inside.
         blocks: Residual blocks of two convolutions.
 
     Shapes:
         x (B, C, H, W) → (B, 2C, H, W).
 
+    Source:
+        | Fixup initialization (Zhang et al., 2019), section 3, for the zero at the end of each branch
+
     Example:
-        >>> import torch
         >>> ConvCoupler(4, 16, 1)(torch.randn(3, 4, 7, 7)).abs().max().item()
         0.0
     """
 
     def __init__(self, channels: int, width: int, blocks: int):
         super().__init__()
-        self.enter = nn.Conv2d(channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.GroupNorm(8, width),
-                nn.SiLU(),
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.GroupNorm(8, width),
-                nn.SiLU(),
-                nn.Conv2d(width, width, 3, padding=1),
+
+        def branch() -> nn.Module:
+            return nn.Sequential(
+                nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), zero(nn.Conv2d(width, width, 3, padding=1))
             )
-            for _ in range(blocks)
-        )
-        self.leave = nn.Conv2d(width, 2 * channels, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+
+        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(branch() for _ in range(blocks))
+        self.leave = zero(nn.Conv2d(width, 2 * channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.enter(x)
+        h = self.enter(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             h = h + block(h)
         return self.leave(nn.functional.silu(h))
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """The layer, with weight and bias at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,10 +1,12 @@
-"""A small network for points."""
+"""Small networks for points."""
+
+from itertools import pairwise
 
 from torch import Tensor, nn
 
 from dgm_course.nets.embeddings import LabelEmbedding, TimeEmbedding
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "perceptron"]
 
 
 class MLP(nn.Module):
@@ -46,3 +48,18 @@ class MLP(nn.Module):
         for layer in self.layers:
             h = h + layer(h + condition)
         return self.leave(nn.functional.silu(h))
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers with SiLU between them, for points and without a time.
+
+    Arguments:
+        widths: Sizes, from the input's to the output's.
+
+    Example:
+        >>> import torch
+        >>> perceptron(2, 64, 64, 1)(torch.zeros(3, 2)).shape
+        torch.Size([3, 1])
+    """
+    layers = [layer for inside, outside in pairwise(widths) for layer in (nn.Linear(inside, outside), nn.SiLU())]
+    return nn.Sequential(*layers[:-1])

@@ -1,0 +1,222 @@
+"""What each kind of model is trained on, how its batches are drawn, and how it is scored.
+
+A function here gets a card, the model and the training images, and returns three functions: the loss, a batch for each step,
+and a score on test images.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dgm_course import checkpoints, data, flows, gan, likelihood, losses, metrics, samplers, training, vae
+from dgm_course.denoisers import Denoiser, clipped
+
+__all__ = ["objective", "quality"]
+
+Objective = tuple[Callable, Callable, Callable]
+
+
+def objective(card: dict, model: nn.Module, x: Tensor, y: Tensor) -> Objective:
+    """Loss, batches and score that fit the model."""
+    kinds = {Denoiser: _denoising, flows.Flow: _flow, vae.VAE: _vae, gan.GAN: _gan, nn.Module: _classification}
+    return next(kind for cls, kind in kinds.items() if isinstance(model, cls))(card, model, x, y)
+
+
+def _denoising(card: dict, denoiser: nn.Module, x: Tensor, y: Tensor) -> Objective:
+    """Loss, batches and score of a denoiser: `losses.simple`, on the test set at 4 stratified times for each image."""
+    settings = {"size": card["batch"], "times": card.get("times", "uniform"), "seed": card["seed"]}
+    null = card["net"]["num_classes"]
+    draw = training.batches(x, denoiser.path, y=y if null else None, null=null, **settings)
+
+    def score(denoiser, x, y):
+        batch = training.batches(x, denoiser.path, size=500, y=y if null else None, drop=0, seed=1)
+        with torch.no_grad():
+            values = [losses.simple(denoiser, **batch(step)).item() for step in range(4 * len(x) // 500)]
+        scores = {"test loss": round(sum(values) / len(values), 4)}
+        if not null:
+            return scores | _realism(lambda n, g: _ddim(denoiser, (n, *x.shape[1:]), g), x, y, **card["scored with"])
+        return scores | quality(denoiser, x, y, **card["scored with"]) if "scored with" in card else scores
+
+    return losses.simple, draw, score
+
+
+def _classification(card: dict, classifier: nn.Module, x: Tensor, y: Tensor) -> Objective:
+    """Loss, batches and score of a classifier: cross-entropy on moved images; the share of test images it gets right."""
+
+    def draw(step):
+        chosen, g = _chosen(card, len(x), step)
+        return {"x": _moved(x[chosen], g), "y": y[chosen]}
+
+    def loss(model, x, y):
+        return nn.functional.cross_entropy(model(x), y)
+
+    def score(classifier, x, y):
+        with torch.no_grad():
+            right = torch.cat([classifier(part).argmax(1) for part in x.split(500)]) == y
+        return {"accuracy on the test set": round(right.double().mean().item(), 4)}
+
+    return loss, draw, score
+
+
+def _flow(card: dict, flow: nn.Module, x: Tensor, y: Tensor) -> Objective:
+    """The bound on −log P in bits for each pixel, of images with uniform noise within their grey levels."""
+
+    def draw(step):
+        chosen, g = _chosen(card, len(x), step)
+        return {"y": flows.dequantize(x[chosen], torch.rand(x[chosen].shape, generator=g))}
+
+    def loss(flow, y):
+        return likelihood.bits_per_dim(-flow.log_prob(y).mean(), y) + 8  # 8 = log₂ 256, the grey levels
+
+    def score(flow, x, y):
+        g = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            bits = [
+                likelihood.bits_per_dim(
+                    -flow.log_prob(flows.dequantize(part, torch.rand(part.shape, generator=g))), part
+                )
+                + 8
+                for part in x.split(500)
+            ]
+        scores = {"test bits per pixel": round(torch.cat(bits).double().mean().item(), 4)}
+        return scores | _realism(lambda n, g: flows.quantize(flow.sample(n, generator=g)), x, y, **card["scored with"])
+
+    flow.transform.initialize(draw(-1)["y"])
+    return loss, draw, score
+
+
+def _vae(card: dict, model: nn.Module, x: Tensor, y: Tensor) -> Objective:
+    """The negative ELBO for each pixel, with the card's β."""
+
+    def draw(step):
+        chosen, g = _chosen(card, len(x), step)
+        return {"x": x[chosen], "eps": torch.randn(len(chosen), model.latent, generator=g)}
+
+    def loss(model, x, eps):
+        return vae.loss(model, x, eps, card.get("beta", 1.0))
+
+    if "beta" in card:
+        model.log_var.requires_grad_(False)  # else it would answer to β, and hide what β does
+
+    def score(model, x, y):
+        g = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            reconstruction, kl = model.terms(x, torch.randn(len(x), model.latent, generator=g))
+            away = (model.decode(model.encode(x)[0]) - x).square().mean().sqrt()
+        scores = {
+            "ELBO in nats": round((reconstruction - kl.sum(1)).mean().item(), 1),
+            "KL in nats": round(kl.sum(1).mean().item(), 2),
+            "latents in use": int((kl.mean(0) > 0.01).sum()),
+            "error of reconstruction": round(away.item(), 4),
+        }
+        return scores | _realism(lambda n, g: model.sample(n, generator=g), x, y, **card["scored with"])
+
+    return loss, draw, score
+
+
+def _gan(card: dict, model: nn.Module, x: Tensor, y: Tensor) -> Objective:
+    """Both players' losses; the score is of the samples, as there is no likelihood."""
+
+    def draw(step):
+        chosen, g = _chosen(card, len(x), step)
+        return {"x": x[chosen], "z": torch.randn(len(chosen), model.latent, generator=g)}
+
+    def loss(model, x, z):
+        return gan.loss(model, x, z, penalty=card.get("penalty", 0.0))
+
+    def score(model, x, y):
+        return _realism(lambda n, g: model.sample(n, generator=g), x, y, **card["scored with"])
+
+    return loss, draw, score
+
+
+def _realism(draw: Callable, x: Tensor, y: Tensor, *, classifier: str, samples: int, draws: int) -> dict[str, float]:
+    """How far samples without a class are from real images, to a shipped classifier; `draw` gets a number and a generator."""
+    judge, g = checkpoints.load(classifier), torch.Generator().manual_seed(0)
+    rows, seconds = [], 0.0
+    for _ in range(draws):
+        began = time.perf_counter()
+        drawn = draw(samples, g)
+        seconds += time.perf_counter() - began
+        real = data.balanced(x, y, samples, g)[0]
+        with torch.no_grad():
+            a, b = judge.features(real), judge.features(drawn)
+        rows.append([metrics.frechet_distance(a, b), *metrics.precision_recall(a, b)])
+    means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+    scores = {k: round(v, 4) for k, v in zip(["Fréchet distance", "precision", "recall"], means, strict=True)}
+    return scores | {"seconds for 1000 samples": round(1000 * seconds / samples / draws, 3)}
+
+
+@torch.no_grad()
+def _ddim(denoiser: Denoiser, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Samples without a class: 25 steps, with half of DDPM's fresh noise."""
+    path, noise = denoiser.path, torch.randn(shape, generator=generator)
+    times = path.times(25)
+    parts = noise.split(250)
+    return torch.cat(
+        [samplers.last(samplers.ddim(clipped(denoiser), path, z, times, eta=0.5, generator=generator)) for z in parts]
+    )
+
+
+def _chosen(card: dict, number: int, step: int) -> tuple[Tensor, torch.Generator]:
+    """Which images a step is trained on, and a generator for all else in it: a pure function of the step, for resuming."""
+    g = torch.Generator().manual_seed(1_000_000 * card["seed"] + step % 1_000_000)
+    return torch.randint(number, (card["batch"],), generator=g), g
+
+
+def quality(
+    denoiser: Denoiser,
+    x: Tensor,
+    y: Tensor,
+    *,
+    classifier: str,
+    samples: int,
+    steps: int,
+    draws: int,
+    eta: float = 0.0,
+    seed: int = 0,
+) -> dict[str, float]:
+    """How good a class-conditional model's samples are, to a shipped classifier: as many of each class, by DDIM.
+
+    Arguments:
+        denoiser: A denoiser with labels; its guesses are clipped to [−1, 1].
+        x, y: Real images that it was not trained on, and their labels.
+        classifier: Name of the checkpoint whose features and answers are used.
+        samples: Samples in a draw, in equal parts of every class, compared with as many of `x`.
+        steps: Steps of DDIM, equally spaced.
+        eta: DDIM's share of fresh noise.
+        draws: Independent draws of samples and of images; the scores are their means.
+
+    Returns:
+        The share classified as asked for, and the Fréchet distance to the real images.
+    """
+    judge, g = checkpoints.load(classifier), torch.Generator().manual_seed(seed)
+    asked = torch.arange(int(y.max()) + 1).repeat_interleave(samples // (int(y.max()) + 1))
+    right, distance = [], []
+    for _ in range(draws):
+        drawn, real = [], data.balanced(x, y, samples, g)[0]
+        for labels in asked.split(250):
+            conditional = clipped(lambda xt, t, labels=labels: denoiser(xt, t, y=labels))
+            noise = torch.randn(len(labels), *x.shape[1:], generator=g)
+            times = denoiser.path.times(steps)
+            states = samplers.ddim(conditional, denoiser.path, noise, times, eta=eta, generator=g)
+            drawn.append(samplers.last(states))
+        drawn = torch.cat(drawn)
+        with torch.no_grad():
+            right.append((judge(drawn).argmax(1) == asked).double().mean().item())
+            distance.append(metrics.frechet_distance(judge.features(drawn), judge.features(real)))
+    mean = {"classified as asked": sum(right) / draws, "Fréchet distance": sum(distance) / draws}
+    return {name: round(value, 4) for name, value in mean.items()}
+
+
+def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Images shifted by up to a fourteenth of their side, then turned by up to 0.2 rad and scaled by up to 10 %, at random."""
+    angle, log_scale, right, down = (2 * torch.rand(4, len(x), generator=generator) - 1) * torch.tensor(
+        [[0.2], [0.1], [1 / 7], [1 / 7]]
+    )
+    cos, sin = log_scale.exp() * angle.cos(), log_scale.exp() * angle.sin()
+    rows = torch.stack([torch.stack([cos, -sin, right], 1), torch.stack([sin, cos, down], 1)], 1)
+    grid = nn.functional.affine_grid(rows, list(x.shape), align_corners=False)
+    return nn.functional.grid_sample(x + 1, grid, align_corners=False) - 1  # outside is 0, the background −1
