@@ -164,8 +164,7 @@ def nearest_reverse(
         value.backward()
         return value
 
-    with torch.enable_grad():
-        optimizer.step(closure)
+    optimizer.step(closure)
     factor = (lower.tril(-1) + lower.diagonal().exp().diag()).detach()
     return centre.detach(), factor @ factor.T, divergence().detach()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dgm_course import checkpoints, data, losses, nets, recipes, training
+from dgm_course import checkpoints, data, flows, gan, losses, nets, recipes, training, vae
 from dgm_course.denoisers import Denoiser
 from dgm_course.paths import Cosine, DiscretePath
 
@@ -233,6 +233,40 @@ def test_a_classifier_comes_back_as_the_network_itself(tmp_path):
         assert torch.equal(weight, saved.state_dict()[key].half().float()), key
 
 
+MODELS = {
+    "RealNVP": ({"side": 8, "widths": [8, 8], "blocks": 1, "couplings": [2, 1, 2]}, flows.RealNVP, (1, 8, 8)),
+    "ConvVAE": ({"latent": 3, "width": 8}, vae.ConvVAE, (1, 28, 28)),
+    "ConvGAN": ({"latent": 5, "width": 8, "pack": 2}, gan.ConvGAN, (1, 28, 28)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_model_comes_back(name, tmp_path):
+    """A flow, a VAE and a GAN have no path; each is built from its settings, draws samples, and keeps its weights."""
+    settings, kind, shape = MODELS[name]
+    card = {"model": {"class": name, **settings}}
+    torch.manual_seed(2)
+    saved = checkpoints.build(card)
+    assert card == {"model": {"class": name, **settings}}  # left alone
+    with torch.no_grad():
+        for p in saved.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    checkpoints.save("whole", saved, card, tmp_path)
+    loaded = checkpoints.load("whole", tmp_path)
+    assert type(loaded) is kind and not loaded.training and loaded.card["model"] == card["model"]
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.state_dict().keys() == saved.state_dict().keys()
+    for key, weight in loaded.state_dict().items():
+        assert torch.equal(weight, saved.state_dict()[key].half().to(weight.dtype)), key
+    assert loaded.sample(2).shape == (2, *shape)
+    rewrite(tmp_path / "whole.json", model={"class": name, **settings, "hieght": 3})
+    with pytest.raises(ValueError, match="describes no checkpoint.*hieght"):
+        checkpoints.load("whole", tmp_path)
+    rewrite(tmp_path / "whole.json", model={"class": "PixelCNN"})
+    with pytest.raises(ValueError, match="describes no checkpoint.*PixelCNN"):
+        checkpoints.load("whole", tmp_path)
+
+
 def test_the_classifier_is_right_on_as_many_digits_as_its_card_says():
     """On the 2,000 embedded test digits, within 4 standard errors of the share that its card gives; at least 99.3 %."""
     judge = checkpoints.load("mnist-classifier")
@@ -315,10 +349,11 @@ def test_the_u_net_on_mnist_is_shipped():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_card_is_complete(name):
-    """Network and path settings, recipe, seed, data, steps, minutes on what machine, and a score."""
+    """Network and path settings, or those of a whole model; recipe, seed, data, steps, minutes on what machine, a score."""
     card = checkpoints.load(name).card
-    kinds = {"net": dict, "seed": int, "steps": int, "machine": str}
-    for key, kind in (kinds | ({} if "classifies" in card else {"path": dict, "predicts": str})).items():
+    kinds = {"seed": int, "steps": int, "machine": str, "model" if "model" in card else "net": dict}
+    diffusion = "net" in card and "classifies" not in card
+    for key, kind in (kinds | ({"path": dict, "predicts": str} if diffusion else {})).items():
         assert isinstance(card[key], kind) and card[key] != "", key
     for key in ("sha256", "data_sha256"):
         assert len(card[key]) == 64 and int(card[key], 16) >= 0, key

@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from dgm_course.denoisers import Denoiser
-from dgm_course.nets import MLP, Classifier, LabelEmbedding, TimeEmbedding, UNet
+from dgm_course.nets import (
+    MLP,
+    Classifier,
+    ConvCoupler,
+    ConvDecoder,
+    ConvEncoder,
+    LabelEmbedding,
+    TimeEmbedding,
+    UNet,
+    perceptron,
+)
 from dgm_course.nets.embeddings import sinusoids
 from dgm_course.nets.unet import ResBlock, SelfAttention
 from dgm_course.paths import Cosine
@@ -357,3 +367,115 @@ def test_classifier_checks_its_argument(shape):
         with pytest.raises(ValueError) as failure:
             call(torch.zeros(shape))
         assert str(failure.value) == f"x must have shape (B, 1, H, W); got {shape}"
+
+
+# Networks without a time ----------------------------------------------------------------------------------------------
+
+TIMELESS = {
+    "perceptron": (lambda: perceptron(3, 16, 8, 2), (3,), (2,)),
+    "encoder": (lambda: ConvEncoder(5, width=8), (1, 28, 28), (5,)),
+    "encoder of three images": (lambda: ConvEncoder(1, width=8, image_channels=3), (3, 28, 28), (1,)),
+    "decoder": (lambda: ConvDecoder(5, width=8), (5,), (1, 28, 28)),
+    "coupler": (lambda: ConvCoupler(4, 8, 2), (4, 7, 7), (8, 7, 7)),
+    "coupler, not square": (lambda: ConvCoupler(1, 6, 1), (1, 3, 5), (2, 3, 5)),
+}
+all_timeless = pytest.mark.parametrize("name", TIMELESS)
+
+
+@all_timeless
+@pytest.mark.parametrize("batch", [1, 3])
+def test_timeless_shapes(name, batch):
+    """Shapes as stated, also for a batch of one; each sample's output depends on its own input alone."""
+    make, inside, outside = TIMELESS[name]
+    net, x = awake(make()), torch.randn(batch, *inside)
+    out = net(x)
+    assert out.shape == (batch, *outside)
+    torch.testing.assert_close(out[-1:], net(x[-1:]), rtol=1e-4, atol=1e-5)
+    if batch > 1:
+        assert not torch.allclose(out[0], out[1])
+
+
+@all_timeless
+def test_timeless_gradients(name):
+    """No parameter is without effect, and none of the input."""
+    make, inside, _ = TIMELESS[name]
+    net, x = awake(make()), torch.randn(3, *inside, requires_grad=True)
+    net(x).square().sum().backward()
+    for label, parameter in [*net.named_parameters(), ("x", x)]:
+        assert bool(parameter.grad.isfinite().all()) and parameter.grad.abs().max() > 0, label
+    assert (x.grad != 0).all()
+
+
+def test_perceptron_by_numpy():
+    """Matrices with z·sigmoid(z) between them, and nothing after the last."""
+    net, x = awake(perceptron(3, 16, 8, 2)).double(), torch.randn(5, 3, dtype=torch.float64)
+    w1, b1, w2, b2, w3, b3 = (parameter.detach().numpy() for parameter in net.parameters())
+    h = x.numpy()
+    for w, b in ((w1, b1), (w2, b2)):
+        h = h @ w.T + b
+        h = h / (1 + np.exp(-h))
+    np.testing.assert_allclose(net(x).detach(), h @ w3.T + b3, atol=1e-12)
+    assert len(perceptron(3, 2)) == 1
+
+
+def bent(h):
+    return h * h.sigmoid()
+
+
+def test_encoder_by_hand():
+    """Two convolutions 4×4 of stride 2, one 3×3, the last two normed, each bent; then one linear map."""
+    f, net = nn.functional, awake(ConvEncoder(5, width=8)).double()
+    x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
+    weights = iter(net.parameters())
+    h = bent(f.conv2d(x, next(weights), next(weights), stride=2, padding=1))
+    for stride in (2, 1):
+        h = f.conv2d(h, next(weights), next(weights), stride=stride, padding=1)
+        h = bent(f.group_norm(h, 8, next(weights), next(weights)))
+    assert h.shape == (2, 16, 7, 7)
+    expected = h.flatten(1) @ next(weights).T + next(weights)
+    torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_decoder_by_hand():
+    """A linear map to 7×7, one convolution 3×3, two of stride 2 turned round, normed and bent between, tanh at the end."""
+    f, net = nn.functional, awake(ConvDecoder(5, width=8)).double()
+    z = torch.randn(2, 5, dtype=torch.float64)
+    weights = iter(net.parameters())
+    h = (z @ next(weights).T + next(weights)).reshape(2, 16, 7, 7)
+    h = bent(f.group_norm(h, 8, next(weights), next(weights)))
+    h = f.conv2d(h, next(weights), next(weights), padding=1)
+    h = bent(f.group_norm(h, 8, next(weights), next(weights)))
+    h = f.conv_transpose2d(h, next(weights), next(weights), stride=2, padding=1)
+    h = bent(f.group_norm(h, 8, next(weights), next(weights)))
+    h = f.conv_transpose2d(h, next(weights), next(weights), stride=2, padding=1)
+    torch.testing.assert_close(net(z), 2 / (1 + (-2 * h).exp()) - 1, rtol=1e-10, atol=1e-12)
+
+
+def test_decoder_stays_in_range():
+    """Pixels lie in [−1, 1], however large the latent."""
+    assert ConvDecoder(5, width=8)(1e3 * torch.randn(4, 5)).abs().max() <= 1
+
+
+def test_coupler_by_hand():
+    """enter; h + W₂∗SiLU(W₁∗SiLU(h)) for each block; leave, of SiLU(h)."""
+    f, net = nn.functional, awake(ConvCoupler(3, 8, 2)).double()
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    own = dict(net.named_parameters())
+
+    def conv(name, h):
+        return f.conv2d(h, own[f"{name}.weight"], own[f"{name}.bias"], padding=1)
+
+    h = conv("enter", x)
+    for block in ("blocks.0", "blocks.1"):
+        h = h + conv(f"{block}.3", bent(conv(f"{block}.1", bent(h))))
+    torch.testing.assert_close(net(x), conv("leave", bent(h)), rtol=1e-12, atol=1e-12)
+
+
+def test_coupler_starts_at_zero():
+    """s = t = 0 at the start, each branch adds nothing, and the last layer learns from the first step on."""
+    net, x = ConvCoupler(4, 16, 2), torch.randn(3, 4, 7, 7)
+    assert torch.equal(net(x), torch.zeros(3, 8, 7, 7))
+    for block in net.blocks:
+        assert not block(torch.randn(2, 16, 7, 7)).any()
+    (net(x) - 1).square().sum().backward()
+    assert net.leave.weight.grad.abs().max() > 0

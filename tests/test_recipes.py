@@ -15,9 +15,12 @@ import scipy.linalg
 import torch
 from scipy import stats
 
-from dgm_course import checkpoints, data, losses, nets, recipes, tables, training
+from dgm_course import checkpoints, data, losses, nets, objectives, recipes, tables, training
 from dgm_course.denoisers import Denoiser
+from dgm_course.flows import Flow
+from dgm_course.gan import GAN, ConvGAN
 from dgm_course.paths import Cosine
+from dgm_course.vae import VAE, ConvVAE
 
 TINY = {
     "what": "a tiny U-Net",
@@ -184,25 +187,34 @@ def test_unknown_recipe(name, tmp_path):
 
 
 def test_shipped_recipes_fit_the_budget(monkeypatch):
-    """Each can be built and written as JSON; a U-Net has at most 0.6 million parameters, anything at most 1.2."""
+    """Each can be built and written as JSON; a U-Net has at most 0.6 million parameters, a flow 2, anything else 1.2."""
     monkeypatch.undo()
-    assert {"mnist-unet", "mnist-classifier", "mnist-predictions"} <= set(recipes.names())
+    assert {"mnist-unet", "mnist-classifier", "mnist-predictions", "mnist-realnvp"} <= set(recipes.names())
     for name in recipes.names():
         recipe = json.loads(json.dumps(recipes.RECIPES[name]))
         assert recipe == recipes.RECIPES[name]  # a tuple would come back as a list, and a stopped table not go on
-        varied = list(itertools.product(*recipe.get("vary", {}).values()))
+        varied = [
+            dict(zip(recipe.get("vary", {}), values, strict=True))
+            for values in itertools.product(*recipe.get("vary", {}).values())
+        ]
         for values in varied:
-            model = checkpoints.build(recipe | dict(zip(recipe.get("vary", {}), values, strict=True)))
-            assert isinstance(model, nets.Classifier if "classifies" in recipe else Denoiser)
+            card = recipe | values | recipe.get("kinds", {}).get(values.get("kind"), {})
+            model = checkpoints.build(card)
+            kinds = nets.Classifier if "classifies" in card else (Flow, VAE, GAN) if "model" in card else Denoiser
+            assert isinstance(model, kinds) and ("model" in card) != ("net" in card)
+            inspect.signature(training.fit).bind(None, None, None, steps=card["steps"], **card.get("fit", {}))
             size = sum(p.numel() for p in model.parameters())
-            assert size <= (0.6e6 if recipe["net"]["class"] == "UNet" else 1.2e6)
-        assert len(varied) == len(set(varied)) > 0
+            unet = "net" in card and card["net"]["class"] == "UNet"
+            assert size <= (0.6e6 if unet else 2e6 if isinstance(model, Flow) else 1.2e6)
+            assert "seed" in card
+            if "scored with" in card:
+                plain = "model" in card or card["net"]["num_classes"] == 0  # scored without classes
+                score = objectives._realism if plain else objectives.quality
+                inspect.signature(score).bind(None, None, None, **card["scored with"])
+                assert "classifies" in recipes.RECIPES[card["scored with"]["classifier"]]
+                assert card["scored with"]["samples"] % 10 == 0 and (plain or card["net"]["num_classes"] == 10)
+        assert len({json.dumps(values) for values in varied}) == len(varied) > 0
         assert recipe["data"] in data.NAMES and recipe["steps"] > 0 and recipe["batch"] > 0 and recipe["what"]
-        assert "seed" in recipe.get("vary", recipe)
-        if "scored with" in recipe:
-            inspect.signature(recipes.quality).bind(None, None, None, **recipe["scored with"])
-            assert "classifies" in recipes.RECIPES[recipe["scored with"]["classifier"]]
-            assert recipe["net"]["num_classes"] == 10 and recipe["scored with"]["samples"] % 10 == 0
 
 
 def test_times_and_scores_of_a_recipe(tmp_path, monkeypatch):
@@ -217,7 +229,7 @@ def test_times_and_scores_of_a_recipe(tmp_path, monkeypatch):
         asked.append((denoiser, len(x), len(y), settings))
         return {"beauty": 7.0}
 
-    monkeypatch.setattr(recipes, "quality", quality)
+    monkeypatch.setattr(objectives, "quality", quality)
     monkeypatch.setattr(recipes, "_floor", lambda card, train, test: {"floor": 1.0} if "scored with" in card else {})
     monkeypatch.setattr(training, "batches", recorded)
     settings = {"classifier": "judge", "samples": 20, "steps": 2, "draws": 1}
@@ -280,7 +292,7 @@ def test_a_classifier_is_a_recipe_too(tmp_path, fits):
 def test_a_classifier_learns_from_moved_images(tmp_path, fits, monkeypatch):
     """Each batch is a pure function of seed and step: images of the data, moved, with their labels; the loss is −log p(y)."""
     shown = []
-    monkeypatch.setattr(recipes, "_moved", lambda x, g: shown.append((x, g)) or x + 0.25)
+    monkeypatch.setattr(objectives, "_moved", lambda x, g: shown.append((x, g)) or x + 0.25)
     for name, seed in (("tiny", 3), ("another", 4)):
         recipes.RECIPES[name] = JUDGE | {"seed": seed, "steps": 1}
         recipes.train(name, out=tmp_path)
@@ -358,7 +370,7 @@ def test_images_stay_where_chance_is_in_the_middle(monkeypatch, generator):
     """With all random numbers one half, digits come back as they are, up to the rounding of places in float32."""
     dice(monkeypatch, 0.5, 0.5, 0.5, 0.5)
     x, _ = data.images(part("mnist"))
-    torch.testing.assert_close(recipes._moved(x[:20], generator), x[:20], rtol=0, atol=1e-4)
+    torch.testing.assert_close(objectives._moved(x[:20], generator), x[:20], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("end", [0.0, 1.0])
@@ -367,14 +379,14 @@ def test_the_furthest_that_images_move(end, monkeypatch, generator):
     x, far = spots((2, -3)), spots((9, 0), (0, -9))
     for shift, axis in (((0.5, 0.5, end, 0.5), 3), ((0.5, 0.5, 0.5, end), 2)):
         dice(monkeypatch, *shift)
-        moved = recipes._moved(x, generator)
+        moved = objectives._moved(x, generator)
         assert any(torch.allclose(moved, x.roll(by, axis), atol=1e-4) for by in ((2,), (-2,)))
     dice(monkeypatch, end, 0.5, 0.5, 0.5)
-    ratio = places(recipes._moved(far, generator)) / places(far)
+    ratio = places(objectives._moved(far, generator)) / places(far)
     assert ratio.abs().sub(1).abs().max() < 0.01 and ratio.angle().abs().sub(0.2).abs().max() < 0.01
     assert (ratio.angle()[0] - ratio.angle()[1]).abs() < 0.01
     dice(monkeypatch, 0.5, end, 0.5, 0.5)
-    ratio = places(recipes._moved(far, generator)) / places(far)
+    ratio = places(objectives._moved(far, generator)) / places(far)
     assert ratio.angle().abs().max() < 0.01 and ratio.abs().log().abs().sub(0.1).abs().max() < 0.01
 
 
@@ -382,7 +394,7 @@ def test_images_move_no_further_at_random(generator):
     """Of 400 images none turns, grows or moves beyond its bounds, some come near, and the four have nothing in common."""
     seed = generator.initial_seed()
     here, there = (
-        places(recipes._moved(spots(place, batch=400), torch.Generator().manual_seed(seed)))
+        places(objectives._moved(spots(place, batch=400), torch.Generator().manual_seed(seed)))
         for place in ((0, 0), (8, 0))
     )
     turn = (there - here) / 8  # what the map does to directions; the rest is the shift, turned and scaled after it
@@ -396,11 +408,11 @@ def test_images_move_no_further_at_random(generator):
 
 def test_background_stays_background(generator):
     """An empty image stays empty, what is uncovered is background, and no grey level is left."""
-    assert torch.equal(recipes._moved(-torch.ones(50, 1, 28, 28), generator), -torch.ones(50, 1, 28, 28))
-    full = recipes._moved(torch.ones(50, 1, 28, 28), generator)
+    assert torch.equal(objectives._moved(-torch.ones(50, 1, 28, 28), generator), -torch.ones(50, 1, 28, 28))
+    full = objectives._moved(torch.ones(50, 1, 28, 28), generator)
     assert full.min() == -1 and full.max() <= 1 + 1e-6 and (full[:, 0, 8:20, 8:20] > 1 - 1e-5).all()
     x, _ = data.images(part("mnist"))
-    moved = recipes._moved(x, generator)
+    moved = objectives._moved(x, generator)
     assert moved.shape == x.shape and moved.dtype == x.dtype
     assert moved.min() >= -1 and moved.max() <= 1 + 1e-6 and (moved[:, 0, 0, 0] == -1).all()
 
@@ -410,7 +422,7 @@ def test_each_image_moves_by_itself(generator):
     seed = generator.initial_seed()
 
     def moved(x):
-        return recipes._moved(x, torch.Generator().manual_seed(seed))
+        return objectives._moved(x, torch.Generator().manual_seed(seed))
 
     one = moved(spots((3, 1), batch=20))
     assert len({image.sum().item() for image in one}) == 20
@@ -419,7 +431,7 @@ def test_each_image_moves_by_itself(generator):
     assert torch.equal(moved(others)[7], one[7])
     torch.manual_seed(5)
     assert torch.equal(moved(spots((3, 1), batch=20)), one)
-    assert not torch.equal(recipes._moved(spots((3, 1), batch=20), torch.Generator().manual_seed(1)), one)
+    assert not torch.equal(objectives._moved(spots((3, 1), batch=20), torch.Generator().manual_seed(1)), one)
 
 
 # Balanced choice ----------------------------------------------------------------------------------------------------
@@ -521,7 +533,7 @@ def test_quality_of_known_samples(judge, generator):
     """A model that remembers 300 images: the judge's own answers on them, and their distance to the real ones, by scipy."""
     (x, y), (stored, asked) = few(30, generator), few(30, generator)
     memory = Memory(stored)
-    scores = recipes.quality(memory, x, y, classifier="judge", samples=300, steps=4, draws=1)
+    scores = objectives.quality(memory, x, y, classifier="judge", samples=300, steps=4, draws=1)
     assert judge.asked == ["judge"] and memory.times == [1.0, 0.75, 0.5, 0.25] * 2
     assert torch.equal(torch.cat(memory.labels), asked)
     right = np.mean([image.reshape(10, 4).sum(1).argmax() == label for image, label in zip(stored, asked, strict=True)])
@@ -538,9 +550,9 @@ def test_quality_of_the_real_images(judge, generator):
     x, y = few(20, generator)
     x = (x + 3 * torch.nn.functional.one_hot(y, 10)[:, :, None].expand(-1, -1, 4).reshape(x.shape)).clamp(-1, 1)
     settings = {"classifier": "judge", "samples": 200, "steps": 2, "draws": 1}
-    scores = recipes.quality(Memory(x), x, y, **settings)
+    scores = objectives.quality(Memory(x), x, y, **settings)
     assert scores["classified as asked"] == 1 and scores["Fréchet distance"] == pytest.approx(0, abs=1e-4)
-    scores = recipes.quality(Memory(x.roll(20, 0)), x, y, **settings)
+    scores = objectives.quality(Memory(x.roll(20, 0)), x, y, **settings)
     assert scores["classified as asked"] == 0 and scores["Fréchet distance"] == pytest.approx(0, abs=1e-4)
 
 
@@ -548,7 +560,7 @@ def test_quality_is_a_mean_over_draws_of_clipped_samples(judge, generator):
     """Two draws with noise and real images of their own, equal parts of each class; guesses beyond ±1 are cut."""
     (x, y), (one, asked), (two, _) = few(30, generator), few(6, generator), few(6, generator)
     memory = Memory(5 * torch.cat([one, two]))
-    scores = recipes.quality(memory, x, y, classifier="judge", samples=60, steps=1, draws=2)
+    scores = objectives.quality(memory, x, y, classifier="judge", samples=60, steps=1, draws=2)
     seen = judge.seen
     right, gap = [], []
     for k, stored in enumerate((one, two)):
@@ -572,7 +584,7 @@ def test_quality_is_decided_by_its_seed(judge, generator):
     state, runs = torch.get_rng_state(), []
     for seed in (1, 1, 2):
         memory = Memory(x[::6])
-        runs.append((recipes.quality(memory, x, y, seed=seed, **settings), memory.noise[0]))
+        runs.append((objectives.quality(memory, x, y, seed=seed, **settings), memory.noise[0]))
     assert torch.equal(torch.get_rng_state(), state)
     assert runs[0][0] == runs[1][0] != runs[2][0]
     assert torch.equal(runs[0][1], runs[1][1]) and not torch.equal(runs[0][1], runs[2][1])
@@ -581,17 +593,17 @@ def test_quality_is_decided_by_its_seed(judge, generator):
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_quality_draws_with_the_eta_it_is_given(eta, judge, generator, monkeypatch):
     """DDIM's share of fresh noise, from the generator of the draw and not from the global one."""
-    ddim, seen = recipes.samplers.ddim, []
+    ddim, seen = objectives.samplers.ddim, []
 
     def recorded(*arguments, **options):
         seen.append(options)
         return ddim(*arguments, **options)
 
-    monkeypatch.setattr(recipes.samplers, "ddim", recorded)
+    monkeypatch.setattr(objectives.samplers, "ddim", recorded)
     x, y = few(30, generator)
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    recipes.quality(Memory(x), x, y, classifier="judge", samples=50, steps=2, draws=1, eta=eta)
+    objectives.quality(Memory(x), x, y, classifier="judge", samples=50, steps=2, draws=1, eta=eta)
     assert torch.equal(torch.get_rng_state(), state)
     assert [options["eta"] for options in seen] == [eta] and isinstance(seen[0]["generator"], torch.Generator)
 
@@ -655,6 +667,34 @@ def test_a_recipe_that_varies_writes_a_table(tmp_path, fits, asked):
             row["first losses"] == pytest.approx(fits[-1][-1].losses, abs=6e-6) and done.losses == fits[-1][-1].losses
         )
     assert len({row["test loss"] for row in card["rows"]}) == 4
+
+
+def test_a_table_of_several_kinds_of_model(tmp_path, fits, monkeypatch):
+    """Each kind brings its model, its steps and its ways of training; what it does not say is the recipe's."""
+    monkeypatch.setattr(objectives, "_realism", lambda draw, x, y, **settings: {"drawn": len(draw(3, None))} | settings)
+    monkeypatch.setattr(recipes, "_floor", lambda *_: {})
+    recipes.RECIPES["tiny"] = {
+        "what": "a VAE beside a GAN",
+        "data": "mnist",
+        "vary": {"kind": ["VAE", "GAN"], "seed": [1, 0]},
+        "kinds": {
+            "VAE": {"model": {"class": "ConvVAE", "latent": 2, "width": 8}},
+            "GAN": {"model": {"class": "ConvGAN", "latent": 3, "width": 8}, "steps": 2, "fit": {"lr": 1e-3}},
+        },
+        "steps": 3,
+        "batch": 4,
+        "fit": {"precision": "float32"},
+        "scored with": {"samples": 20},
+    }
+    card = recipes.train("tiny", out=tmp_path)
+    assert [(row["kind"], row["seed"]) for row in card["rows"]] == [("VAE", 1), ("VAE", 0), ("GAN", 1), ("GAN", 0)]
+    assert all(row["drawn"] == 3 and row["samples"] == 20 for row in card["rows"])
+    assert [type(model) for model, *_ in fits] == [ConvVAE] * 2 + [ConvGAN] * 2
+    assert [options["steps"] for *_, options, _ in fits] == [3, 3, 2, 2]
+    assert fits[0][3]["precision"] == "float32" and "lr" not in fits[0][3] and fits[2][3]["lr"] == 1e-3
+    assert card["rows"][0]["first losses"] != card["rows"][1]["first losses"]
+    assert [len(row["first losses"]) for row in card["rows"]] == [3, 3, 2, 2]
+    assert tables.read(tmp_path / "tiny.json") == card
 
 
 @pytest.mark.parametrize("survive", [0, 2, 3])

@@ -131,6 +131,25 @@ def test_ways_to_give_covariances(covs, expected, generator):
     close(GaussianMixture(POINTS, covs).log_prob(x), law.log_prob(x))
 
 
+def test_mean_and_covariance():
+    """In space from the raw second moments, E[xxᵀ] − mmᵀ; on the line by integrals; of one component its own."""
+    share = SHARES.numpy() / 6
+    mean = sum(w * m for w, m in zip(share, POINTS.numpy(), strict=True))
+    second = sum(w * (c + np.outer(m, m)) for w, m, c in zip(share, POINTS.numpy(), COVS.numpy(), strict=True))
+    close(MIXTURE.mean, mean)
+    close(MIXTURE.cov, second - np.outer(mean, mean))
+    grid = np.linspace(-8, 8, 200_001)
+    density = sum(w * scipy.stats.norm.pdf(grid, m, s) for w, m, s in zip(WEIGHTS, MEANS, STDS, strict=True))
+    mean = np.trapezoid(density * grid, grid)
+    close(LINE.mean, [mean])
+    close(LINE.cov, [[np.trapezoid(density * (grid - mean) ** 2, grid)]])
+    one = GaussianMixture(POINTS[:1], COVS[:1])
+    close(one.mean, POINTS[0])
+    close(one.cov, COVS[0])
+    assert ring(7, radius=3.0, std=0.5).cov.shape == (2, 2)
+    close(ring(7, radius=3.0, std=0.5).cov, (4.5 + 0.25) * np.eye(2), 1e-5)  # a ring's is r²/2 in each direction
+
+
 def test_samples_have_the_law(generator):
     """In one dimension 20,000 samples pass a Kolmogorov-Smirnov test at 1e-3."""
     x = LINE.sample(20_000, generator)[:, 0].numpy()

@@ -11,14 +11,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import scipy.integrate
 import torch
 from oracles import CHAIN_BETAS, bayes_on_a_grid, known, mp, order_of
-from torch.distributions import Normal, kl_divergence
+from scipy.stats import norm
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
+from dgm_course import gan, vae
 from dgm_course.denoisers import Denoiser, clipped
+from dgm_course.divergences import gaussian_kl, jensen_shannon, standard_kl
 from dgm_course.likelihood import bits_per_dim, bound, prior_term
 from dgm_course.losses import bound_term, simple
 from dgm_course.metrics import frechet_distance, inception_score, precision_recall
+from dgm_course.nets import perceptron
 from dgm_course.nets.embeddings import sinusoids
 from dgm_course.paths import VP, Cosine, DiscretePath, SubVP
 from dgm_course.samplers import (
@@ -1341,6 +1346,315 @@ CASES["features of time"] = Case(
     tells_times_apart,
     {"ours": lambda t: sinusoids(t, 64), "typed": typed_sinusoids(1000.0)},
     {"t in [0, 1] as it is": typed_sinusoids(1.0), "t itself": lambda t: t[:, None].expand(-1, 64)},
+)
+
+
+# How far two distributions are apart ----------------------------------------------------------------------------------
+# A kernel takes mean and covariance of p and of q, or mean and log-variance, or two log-densities on a grid.
+
+
+def is_gaussian_kl(divergence):
+    """In three dimensions, with full covariances, it is torch's."""
+    root_p, root_q = (
+        tensor([1.0, 0, 0], [0.5, 0.6, 0], [-0.3, 0.2, 0.9]),
+        tensor([0.7, 0, 0], [-0.4, 1.2, 0], [0.1, 0.3, 0.5]),
+    )
+    p, q = (tensor(0.3, -1.0, 0.5), root_p @ root_p.T), (tensor(-0.2, 0.4, 0.1), root_q @ root_q.T)
+    near(divergence(*p, *q), kl_divergence(MultivariateNormal(*p), MultivariateNormal(*q)))
+
+
+def typed_gaussian_kl(trace=1.0, shift="q", dim=3, log_det=1.0, factor=0.5, change=lambda c: c):
+    def divergence(mean_p, cov_p, mean_q, cov_q):
+        cov_p, cov_q = change(cov_p), change(cov_q)
+        away, by = mean_q - mean_p, {"p": cov_p, "q": cov_q}[shift].inverse()
+        dets = torch.logdet(cov_q) - torch.logdet(cov_p)
+        return factor * (trace * (cov_q.inverse() @ cov_p).trace() + away @ by @ away - dim + log_det * dets)
+
+    return divergence
+
+
+CASES["KL of two Gaussians"] = Case(
+    is_gaussian_kl,
+    {"ours": gaussian_kl, "typed": typed_gaussian_kl()},
+    {
+        "swapped": lambda mean_p, cov_p, mean_q, cov_q: gaussian_kl(mean_q, cov_q, mean_p, cov_p),
+        "deviations for variances": typed_gaussian_kl(change=lambda c: c @ c),
+        "no half": typed_gaussian_kl(factor=1.0),
+        "dimension left out": typed_gaussian_kl(dim=0),
+        "log-determinants the wrong way round": typed_gaussian_kl(log_det=-1.0),
+        "shift measured by p": typed_gaussian_kl(shift="p"),
+        "no trace": typed_gaussian_kl(trace=0.0, dim=0),
+    },
+)
+
+
+def is_standard_kl(divergence):
+    """For each latent by itself it is torch's, with the variance the exponential of what is given."""
+    mean, log_var = tensor([0.5, -1.0, 0.0], [2.0, 0.1, -0.3]), tensor([-1.0, 0.7, 0.0], [-3.0, 1.5, -0.2])
+    near(divergence(mean, log_var), kl_divergence(Normal(mean, (log_var / 2).exp()), Normal(0.0, 1.0)))
+
+
+CASES["KL to the prior"] = Case(
+    is_standard_kl,
+    {"ours": standard_kl, "typed": lambda m, s: -0.5 * (1 + s - m**2 - s.exp())},
+    {
+        "no half": lambda m, s: m**2 + s.exp() - 1 - s,
+        "sign of the log-variance": lambda m, s: 0.5 * (m**2 + s.exp() - 1 + s),
+        "sign of all": lambda m, s: 0.5 * (1 + s - m**2 - s.exp()),
+        "deviation for variance": lambda m, s: 0.5 * (m**2 + (s / 2).exp() - 1 - s),
+        "log-variance taken as log-deviation": lambda m, s: 0.5 * (m**2 + (2 * s).exp() - 1 - 2 * s),
+        "swapped": lambda m, s: 0.5 * ((1 + m**2) / s.exp() - 1 + s),
+        "mean over the latents": lambda m, s: standard_kl(m, s).mean(1, keepdim=True).expand(m.shape),
+        "mean not squared": lambda m, s: 0.5 * (m + s.exp() - 1 - s),
+    },
+)
+
+
+def is_jensen_shannon(divergence):
+    """log 2 for densities apart; 0 for equal ones; of two Gaussians that of scipy's integral; the same both ways round."""
+    apart = tensor(0.5, 0.5, 0.0, 0.0).log()
+    near(divergence(apart, apart.flip(0), 1.0), math.log(2))
+    p, q, x = norm(-0.5, 0.8), norm(1.0, 1.5), np.linspace(-14, 16, 6001)
+
+    def integrand(x):
+        a, b = p.pdf(x), q.pdf(x)
+        return 0.5 * a * math.log(2 * a / (a + b)) + 0.5 * b * math.log(2 * b / (a + b))
+
+    log_p, log_q = (torch.from_numpy(law.logpdf(x)) for law in (p, q))
+    exact = scipy.integrate.quad(integrand, -12, 14, points=[-0.5, 1.0], epsabs=1e-13, limit=200)[0]
+    near(divergence(log_p, log_q, 0.005), exact)
+    near(divergence(log_q, log_p, 0.005), exact)
+    near(divergence(log_p, log_p, 0.005), 0.0)
+
+
+def typed_jensen_shannon(middle=lambda p, q: (p + q) / 2, share=0.5, swapped=False):
+    def one(p, m):
+        p, m = (m, p) if swapped else (p, m)
+        return (p * torch.where(p > 0, p / m, 1.0).log()).sum()
+
+    def divergence(log_p, log_q, cell):
+        p, q = log_p.exp(), log_q.exp()
+        m = middle(p, q)
+        return share * (one(p, m) + one(q, m)) * cell
+
+    return divergence
+
+
+CASES["Jensen–Shannon"] = Case(
+    is_jensen_shannon,
+    {"ours": jensen_shannon, "typed": typed_jensen_shannon()},
+    {
+        "no half": typed_jensen_shannon(share=1.0),
+        "the middle is the sum": typed_jensen_shannon(middle=lambda p, q: p + q),
+        "the middle is the geometric mean": typed_jensen_shannon(middle=lambda p, q: (p * q).sqrt()),
+        "from the middle": typed_jensen_shannon(swapped=True),
+        "without the cell": lambda p, q, cell: typed_jensen_shannon()(p, q, 1.0),
+        "0 · log 0": lambda p, q, cell: (
+            0.5 * cell * sum((a.exp() * (a - ((p.exp() + q.exp()) / 2).log())).sum() for a in (p, q))
+        ),
+        "mean of the two KL": lambda p, q, cell: 0.5 * cell * ((p.exp() - q.exp()) * (p - q)).sum(),
+    },
+)
+
+
+# The bound of a VAE ---------------------------------------------------------------------------------------------------
+# A kernel takes x (B, D), a decoder Wz + b with variance e^{c}, the mean and log-variance of q, and ε.
+
+DECODER = tensor([0.8, -0.3], [-1.1, 0.4], [0.3, 0.9]), tensor(0.2, 0.0, -0.5), -0.5
+SEEN = tensor([0.5, 1.0, -1.0], [-2.0, 0.3, 0.4])
+GUESS = tensor([0.4, -0.2], [-0.9, 0.6]), tensor([0.2, -0.4], [0.1, 0.3])
+
+
+def a_vae(decoder, guess):
+    """Our VAE with that decoder and an encoder that gives these numbers whatever it is shown."""
+
+    class Says(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat(guess, 1)
+
+    weight, bias, log_var = decoder
+    line = torch.nn.Linear(weight.shape[1], len(weight))
+    whole = vae.VAE(Says(), line, weight.shape[1], log_var).double()
+    line.weight.data, line.bias.data = weight, bias
+    return whole
+
+
+def is_vae_loss(loss):
+    """Its mean over ε, exact by a rule of degree 5, is (β·KL − E[log p(x|z)])/D in closed form."""
+    (weight, bias, log_var), (mean, spread) = DECODER, GUESS
+    var = math.exp(log_var)
+    nodes, shares = (-math.sqrt(3), 0.0, math.sqrt(3)), (1 / 6, 2 / 3, 1 / 6)
+    for beta in (1.0, 3.0):
+        found = sum(
+            shares[i] * shares[j] * loss(SEEN, DECODER, GUESS, tensor(nodes[i], nodes[j]).expand(2, 2), beta)
+            for i in range(3)
+            for j in range(3)
+        )
+        missed = (SEEN - bias - mean @ weight.T).square().sum(1) + (spread.exp() @ weight.square().T).sum(1)
+        fit = -missed / (2 * var) - 1.5 * math.log(2 * math.pi * var)
+        kl = kl_divergence(Normal(mean, (spread / 2).exp()), Normal(0.0, 1.0)).sum(1)
+        near(found, (beta * kl - fit).mean() / 3)
+
+
+def typed_vae_loss(
+    noise=0.5, sign=1.0, weigh=lambda beta, kl, missed: beta * kl + missed, constant=True, half=0.5, mean_of=1
+):
+    def loss(x, decoder, guess, eps, beta):
+        (weight, bias, log_var), (mean, spread) = decoder, guess
+        z = mean + (noise * spread).exp() * eps
+        missed = half * (x - z @ weight.T - bias).square() / math.exp(log_var)
+        if constant:
+            missed = missed + 0.5 * (log_var + math.log(2 * math.pi))
+        kl = 0.5 * (mean**2 + spread.exp() - 1 - spread).sum(1)
+        return sign * weigh(beta, kl, missed.sum(1) / mean_of).mean() / 3
+
+    return loss
+
+
+CASES["loss of a VAE"] = Case(
+    is_vae_loss,
+    {
+        "ours": lambda x, decoder, guess, eps, beta: vae.loss(a_vae(decoder, guess), x, eps, beta).detach(),
+        "typed": typed_vae_loss(),
+    },
+    {
+        "sign of the bound": typed_vae_loss(sign=-1.0),
+        "sign of the KL": typed_vae_loss(weigh=lambda beta, kl, missed: missed - beta * kl),
+        "β on the reconstruction": typed_vae_loss(weigh=lambda beta, kl, missed: kl + beta * missed),
+        "β on both": typed_vae_loss(weigh=lambda beta, kl, missed: beta * (kl + missed)),
+        "β forgotten": typed_vae_loss(weigh=lambda beta, kl, missed: kl + missed),
+        "variance for deviation in z": typed_vae_loss(noise=1.0),
+        "no noise": lambda x, decoder, guess, eps, beta: typed_vae_loss()(x, decoder, guess, 0 * eps, beta),
+        "only the square": typed_vae_loss(constant=False),
+        "the square without its half": typed_vae_loss(half=1.0),
+        "mean over pixels beside a sum over latents": typed_vae_loss(mean_of=3),
+    },
+)
+
+
+def is_importance_bound(bound):
+    """E[exp L_K] = p(x) for K = 1 and 2, by Gauss–Hermite over one latent; p(x) is a Gaussian's density."""
+    weight, bias, log_var = tensor([0.8], [-1.1], [0.3]), DECODER[1], DECODER[2]
+    guess, x = (tensor([0.2]), tensor([0.3])), SEEN[:1]
+    cov = weight @ weight.T + math.exp(log_var) * torch.eye(3, dtype=torch.float64)
+    evidence = MultivariateNormal(bias, cov).log_prob(x).exp()
+    places, shares = (torch.from_numpy(values) for values in np.polynomial.hermite_e.hermegauss(50))
+    for draws in (1, 2):
+        eps = torch.cartesian_prod(*[places] * draws).reshape(-1, draws).T[:, :, None]
+        weights = torch.cartesian_prod(*[shares / shares.sum()] * draws).reshape(-1, draws).prod(1)
+        rows = [part.expand(len(weights), -1) for part in (x, *guess)]
+        near(weights @ bound(rows[0], (weight, bias, log_var), tuple(rows[1:]), eps).exp(), evidence, 1e-8)
+
+
+def typed_bound(combine=lambda ratios: ratios.exp().mean(0).log(), prior=1.0, own=1.0):
+    def bound(x, decoder, guess, eps):
+        (weight, bias, log_var), (mean, spread) = decoder, guess
+        std = (spread / 2).exp()
+        z = mean + std * eps
+        ratios = Normal(z @ weight.T + bias, math.exp(log_var / 2)).log_prob(x).sum(2)
+        return combine(
+            ratios + prior * Normal(0.0, 1.0).log_prob(z).sum(2) - own * Normal(mean, std).log_prob(z).sum(2)
+        )
+
+    return bound
+
+
+CASES["bound from several draws"] = Case(
+    is_importance_bound,
+    {
+        "ours": lambda x, decoder, guess, eps: vae.importance_bound(a_vae(decoder, guess), x, eps).detach(),
+        "typed": typed_bound(),
+    },
+    {
+        "mean of the logs": typed_bound(lambda ratios: ratios.mean(0)),
+        "log K not taken off": typed_bound(lambda ratios: ratios.logsumexp(0)),
+        "log K added": typed_bound(lambda ratios: ratios.logsumexp(0) + math.log(len(ratios))),
+        "the best of the draws": typed_bound(lambda ratios: ratios.max(0).values),
+        "no prior": typed_bound(prior=0.0),
+        "not divided by q": typed_bound(own=0.0),
+        "prior and q swapped": typed_bound(prior=-1.0, own=-1.0),
+    },
+)
+
+
+# A generator and a discriminator --------------------------------------------------------------------------------------
+# A kernel takes logits of real and of generated samples; or a GAN, x and z, and gives a loss for both players.
+
+
+def is_discriminator_loss(loss):
+    """−E[log D(x)] − E[log(1 − D(G(z)))] in 40 digits; in float32 finite where D is 0 or 1 to rounding."""
+    real, fake = (1.5, -0.5, 3.0), (-2.0, 0.5)
+    exact = sum(mp.log(1 + mp.exp(-u)) for u in real) / 3 + sum(mp.log(1 + mp.exp(u)) for u in fake) / 2
+    near(loss(tensor(*real), tensor(*fake)), float(exact))
+    near(loss(torch.tensor([-200.0]), torch.tensor([300.0])), 500.0)
+
+
+def labelled(of_real, of_fake, sharpen=lambda logit: logit):
+    def loss(real, fake):
+        cost = torch.nn.functional.binary_cross_entropy_with_logits
+        real, fake = sharpen(real), sharpen(fake)
+        return cost(real, torch.full_like(real, of_real)) + cost(fake, torch.full_like(fake, of_fake))
+
+    return loss
+
+
+CASES["loss of the discriminator"] = Case(
+    is_discriminator_loss,
+    {"ours": gan.discriminator_loss, "typed": labelled(1.0, 0.0)},
+    {
+        "labels swapped": labelled(0.0, 1.0),
+        "both are real": labelled(1.0, 1.0),
+        "sigmoid twice": labelled(1.0, 0.0, torch.sigmoid),
+        "one mean over both": lambda real, fake: torch.cat([-real, fake]).exp().log1p().mean(),
+        "sum and not mean": lambda real, fake: (-real).exp().log1p().sum() + fake.exp().log1p().sum(),
+        "log of a sigmoid": lambda real, fake: -real.sigmoid().log().mean() - (1 - fake.sigmoid()).log().mean(),
+        "what it maximizes": lambda real, fake: -labelled(1.0, 0.0)(real, fake),
+    },
+)
+
+
+def parts_the_players(loss):
+    """Each player's gradient is that of its own loss, with all of the other player held fixed."""
+    torch.manual_seed(0)
+    both = gan.GAN(perceptron(3, 8, 2), perceptron(2, 8, 1), latent=3).double()
+    x, z = torch.randn(2, 6, 3, dtype=torch.float64)
+    x = x[:, :2] + 1
+    fake = both.generator(z)
+    d_real, d_fake = both.discriminator(x).sigmoid(), both.discriminator(fake.detach()).sigmoid()
+    judged = -d_real.log().mean() - (1 - d_fake).log().mean()
+    made = -both.discriminator(fake).sigmoid().log().mean()
+    expected = torch.autograd.grad(judged, list(both.discriminator.parameters()))
+    expected += torch.autograd.grad(made, list(both.generator.parameters()))
+    loss(both, x, z).backward()
+    for p, slope in zip([*both.discriminator.parameters(), *both.generator.parameters()], expected, strict=True):
+        assert p.grad is not None
+        near(p.grad, slope)
+
+
+def typed_players(see=lambda fake: fake.detach(), frozen=True, judge=gan.discriminator_loss, make=gan.generator_loss):
+    def loss(both, x, z):
+        fake = both.generator(z)
+        judged = judge(both.discriminator(x), both.discriminator(see(fake)))
+        both.discriminator.requires_grad_(not frozen)
+        made = make(both.discriminator(fake))
+        both.discriminator.requires_grad_(True)
+        return judged + made
+
+    return loss
+
+
+CASES["both players at once"] = Case(
+    parts_the_players,
+    {"ours": gan.loss, "typed": typed_players()},
+    {
+        "samples with their history": typed_players(see=lambda fake: fake),
+        "the generator's loss moves the discriminator": typed_players(frozen=False),
+        "both leaks": typed_players(see=lambda fake: fake, frozen=False),
+        "labels swapped": typed_players(judge=lambda real, fake: gan.discriminator_loss(fake, real)),
+        "the generator helps the discriminator": typed_players(make=lambda fake: gan.generator_loss(-fake)),
+        "the saturating loss": typed_players(make=lambda fake: gan.generator_loss(fake, saturating=True)),
+        "the generator learns from nothing": typed_players(make=lambda fake: gan.generator_loss(fake.detach())),
+    },
 )
 
 

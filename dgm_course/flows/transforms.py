@@ -199,7 +199,7 @@ class ActNorm(Transform):
         with torch.no_grad():
             values = x.movedim(1, -1).flatten(0, -2)
             self.shift.copy_(values.mean(0))
-            self.log_scale.copy_(values.std(0).clamp(min=1e-6).log())
+            self.log_scale.copy_(values.std(0, correction=0).clamp(min=1e-6).log())
         return super().initialize(x)
 
 

@@ -1,0 +1,915 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: notebooks//ipynb,notebooks/src//py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # VAE and GAN: what they aim at, and why we go on
+#
+# Part 2 of the course begins where part 1 ended: with two ways to draw an image from noise. At the end of this notebook you will be able to
+#
+# - derive the VAE's bound from $q^* = \arg\min_q \mathrm{KL}[q(z\mid x)\,\Vert\,p(z\mid x)]$, and say what its gap is;
+# - say exactly what the slide's "~L2" means, and which variance it hides;
+# - predict what a fit by $D_{KL}(p\Vert q)$ looks like, and what one by $D_{KL}(q\Vert p)$;
+# - derive the GAN's two losses from binary cross-entropy, and say what the best discriminator measures;
+# - see posterior collapse and mode collapse happen, and name a cause of each;
+# - compare a VAE, a GAN and a diffusion model of one size on quality, stability and speed.
+#
+# **Time:** two to three hours to read, with pen and paper; it runs in under a minute on a processor.
+# **It builds on** part 1: what a density is, what a neural network is, how gradient descent trains it.
+# **Symbols** are those of the lecture; the README's [symbol ledger](../README.md#symbols) lists them all.
+
+# %%
+import importlib.util
+
+if importlib.util.find_spec("dgm_course") is None:  # Colab, or a fresh environment
+    get_ipython().run_line_magic("pip", "install --quiet dgm-course")
+
+# %%
+import math
+
+import sympy
+import torch
+from torch import nn
+
+from dgm_course import checkpoints, data, divergences, gan, nets, paths, samplers, tables, toy, training, vae
+from dgm_course.checks import claim, show_source
+from dgm_course.viz import plots, style, widgets
+
+g = torch.Generator().manual_seed(0)  # where nearly all chance in this notebook comes from
+digits, labels = data.images(data.load("mnist", "test"))
+train_digits, _ = data.images(data.load("mnist", "train"))
+
+# %% [markdown]
+# ## 1. The VAE
+#
+# We want a model of images $x$. A *latent variable* model tells a story in two steps: draw a few numbers $z$ from $p(z) = \mathcal N(0, I)$,
+# then draw the image from $p(x\mid z)$, whose mean a network, the *decoder*, computes from $z$.
+#
+# To train it we would maximize the *evidence* $p(x) = \int p(x\mid z)\,p(z)\,dz$ of the images we have. The integral runs over every $z$,
+# and almost every $z$ gives a wrong image. We would like to look only where $z$ could have made this $x$. That is the *posterior*
+# $p(z\mid x) = p(x\mid z)\,p(z)/p(x)$. And it has the same unknown $p(x)$ in it.
+#
+# The way out: choose a family of simple distributions $q(z\mid x)$, and take the member that is closest to the posterior.
+#
+# ### 1.1 From argmin KL to the ELBO
+#
+# "Close" is measured by the Kullback–Leibler divergence, $D_{KL}(q\Vert p) = \mathbb E_q[\log q - \log p]$. It is never negative, and 0 only for $q = p$. The slide asks for
+#
+# $$q^*(z\mid x) = \arg\min_q\ \mathrm{KL}\bigl[q(z\mid x)\,\Vert\,p(z\mid x)\bigr].$$
+#
+# The target is unknown. Four lines turn this into something we can compute. In each line, look for what changed.
+#
+# $$\begin{aligned}
+# \mathrm{KL}\bigl[q(z\mid x)\Vert p(z\mid x)\bigr]
+# &= \mathbb E_q\bigl[\log q(z\mid x) - \log p(z\mid x)\bigr] &&\text{(1) definition}\\
+# &= \mathbb E_q\bigl[\log q(z\mid x) - \log p(x\mid z) - \log p(z)\bigr] + \log p(x) &&\text{(2) Bayes; } p(x) \text{ has no } z\\
+# &= \mathrm{KL}\bigl[q(z\mid x)\Vert p(z)\bigr] - \mathbb E_q[\log p(x\mid z)] + \log p(x) &&\text{(3) definition, backwards}\\
+# \Rightarrow\quad \log p(x) &= \underbrace{\mathbb E_q[\log p(x\mid z)] - \mathrm{KL}\bigl[q(z\mid x)\Vert p(z)\bigr]}_{\mathrm{ELBO}} + \mathrm{KL}\bigl[q(z\mid x)\Vert p(z\mid x)\bigr] &&\text{(4) rearranged}
+# \end{aligned}$$
+#
+# To check four lines, we need a world in which nothing is hidden. Let $z$ take five values and $x$ four, with tables drawn at random. Then every expectation is a short sum.
+
+# %%
+p_z = torch.rand(5, generator=g).double().softmax(0)
+p_x_given_z = torch.rand(5, 4, generator=g).double().mul(3).softmax(1)
+q = torch.rand(5, generator=g).double().mul(3).softmax(0)  # any q(z | x) at all
+x = 2  # the x that was observed
+
+p_x = p_z @ p_x_given_z[:, x]
+posterior = p_z * p_x_given_z[:, x] / p_x
+kl_posterior = (q * (q.log() - posterior.log())).sum()
+bayes = (q * (q.log() - p_x_given_z[:, x].log() - p_z.log())).sum() + p_x.log()
+kl_prior, fit = (q * (q.log() - p_z.log())).sum(), (q * p_x_given_z[:, x].log()).sum()
+claim("line 2 equals line 1", abs(bayes - kl_posterior) < 1e-12)
+claim("line 3 equals line 2", abs(kl_prior - fit + p_x.log() - bayes) < 1e-12)
+claim("line 4: log p(x) = ELBO + KL to the posterior", abs(fit - kl_prior + kl_posterior - p_x.log()) < 1e-12)
+
+# %% [markdown]
+# Line 4 is worth a pause. Its left side has no $q$ in it. So the two terms on the right always have the same sum: what the ELBO gains, the KL to the posterior loses.
+# Minimizing the KL that we cannot compute *is* maximizing the ELBO, which we can. The slide writes it as
+#
+# $$\min_q\ \mathrm{KL}\bigl[q(z\mid x)\,\Vert\,p(z)\bigr] - \mathbb E_q[\log p(x\mid z)].$$
+#
+# The first term keeps $q(z\mid x)$ close to the prior. The second asks that an image can be told from its code.
+#
+# As a KL is never negative, the ELBO is a *lower bound*: $\mathrm{ELBO} \le \log p(x)$, with equality exactly for $q = p(z\mid x)$.
+#
+# *(The slide calls the expression it minimizes "ELBO". With the sign above it is −ELBO: what is minimized is an upper bound on $-\log p(x)$.)*
+
+# %%
+best = (posterior * (p_x_given_z[:, x].log() + p_z.log() - posterior.log())).sum()
+claim("another q: the ELBO lies below log p(x)", fit - kl_prior < p_x.log())
+claim("q = posterior: the ELBO is log p(x)", abs(best - p_x.log()) < 1e-12)
+
+# %% [markdown]
+# ### 1.2 The KL of Gaussians in closed form
+#
+# The slide notes "force to be Gaussian": $q(z\mid x) = \mathcal N(\mu, \mathrm{diag}\,\sigma^2)$, where a network, the *encoder*, computes $\mu$ and $\log\sigma^2$ from $x$.
+# Then the first term needs no sampling. For one coordinate the logarithm of the ratio is
+#
+# $$\log\frac{q(z)}{p(z)} = -\frac{(z-\mu)^2}{2\sigma^2} - \log\sigma + \frac{z^2}{2},$$
+#
+# as the two $\frac12\log 2\pi$ cancel. Under $q$ we have $\mathbb E[(z-\mu)^2] = \sigma^2$ and $\mathbb E[z^2] = \mu^2+\sigma^2$. Put these in:
+#
+# $$\mathrm{KL}\bigl[\mathcal N(\mu,\sigma^2)\Vert\mathcal N(0,1)\bigr] = \tfrac12\bigl(\mu^2 + \sigma^2 - 1 - \log\sigma^2\bigr).$$
+#
+# Each part has a job. $\mu^2$ pulls the mean to 0. $\sigma^2 - 1 - \log\sigma^2$ is 0 at $\sigma = 1$, and grows on both sides. Independent coordinates simply add up.
+
+# %%
+z, mu = sympy.symbols("z mu", real=True)
+sigma = sympy.symbols("sigma", positive=True)
+normal = sympy.exp(-((z - mu) ** 2) / (2 * sigma**2)) / (sigma * sympy.sqrt(2 * sympy.pi))
+log_ratio = -((z - mu) ** 2) / (2 * sigma**2) - sympy.log(sigma) + z**2 / 2
+integral = sympy.integrate(sympy.expand(log_ratio * normal), (z, -sympy.oo, sympy.oo))
+closed = (mu**2 + sigma**2 - 1 - sympy.log(sigma**2)) / 2
+claim("the integral is the closed form", sympy.simplify(sympy.expand_log(integral - closed, force=True)) == 0)
+
+# %% [markdown]
+# Now by experiment. *Before you look:* with 100,000 draws from $q$, how far off will the mean of $\log q - \log p$ be? And if someone averages over draws from $p$ instead?
+
+# %%
+mean, log_var = torch.tensor(1.5).double(), torch.tensor(-1.0).double()
+noise = torch.randn(100_000, generator=g).double()
+
+
+def log_ratio_at(z):
+    return vae.gaussian_log_prob(z[:, None], mean, log_var) - vae.gaussian_log_prob(z[:, None], 0 * mean, 0 * mean)
+
+
+draws = log_ratio_at(mean + (log_var / 2).exp() * noise)
+exact = divergences.standard_kl(mean, log_var)
+count = torch.arange(1, len(draws) + 1)
+claim("Monte Carlo agrees, within four standard errors", abs(draws.mean() - exact) < 4 * draws.std() / len(draws) ** 0.5)
+claim("draws from p measure −KL(p‖q), another number", abs(-log_ratio_at(noise).mean() - exact) > 0.5)
+at = torch.unique(torch.logspace(1, 5, 200).long()) - 1
+lines = {"mean so far": draws.cumsum(0)[at] / count[at], "closed form": exact.expand(len(at))}
+plots.curves(count[at], lines, "draws from q", "KL in nats", logx=True, colors={"closed form": style.EXACT});
+
+# %% [markdown]
+# The mean of the draws needs thousands of samples to settle; the closed form needs none. In training, every image gets *one* draw, so what can be had in closed form should be.
+#
+# Between two arbitrary Gaussians the formula gets two more parts, a trace and a shift. The two arguments do not commute:
+
+# %%
+wide, narrow = 4 * torch.eye(2).double(), torch.eye(2).double()
+origin, there = torch.zeros(2).double(), torch.tensor([3.0, 0.0]).double()
+forward = divergences.gaussian_kl(origin, narrow, there, wide)
+backward = divergences.gaussian_kl(there, wide, origin, narrow)
+print(f"KL(narrow ‖ wide) = {forward:.3f} nats,  KL(wide ‖ narrow) = {backward:.3f} nats")
+theirs = torch.distributions.MultivariateNormal
+same = torch.distributions.kl_divergence(theirs(origin, narrow), theirs(there, wide))
+claim("the closed form is that of torch.distributions", abs(same - forward) < 1e-12)
+
+# %% [markdown]
+# ### 1.3 What "~L2" means
+#
+# The slide writes "~L2" under $-\mathbb E_q[\log p(x\mid z)]$. Which L2? Take a decoder that says $p(x\mid z) = \mathcal N(\hat x(z), \sigma^2 I)$, for an image of $D$ pixels:
+#
+# $$-\log p(x\mid z) = \frac{\lVert x - \hat x\rVert^2}{2\sigma^2} + \frac D2\log(2\pi\sigma^2).$$
+#
+# So it is the squared error, *if we say what $\sigma^2$ is*. Three answers are in use.
+#
+# 1. **$\sigma^2 = \tfrac12$**: exactly the squared error, plus a constant. This is what code that adds "MSE + KL" assumes, if it sums over pixels.
+#    If it averages over pixels, it has assumed $\sigma^2 = D/2$: with 784 pixels, 392. The KL then weighs 784 times as much.
+# 2. **$\sigma^2$ as a knob.** Multiply everything by $2\sigma^2$: squared error $+\ 2\sigma^2\,\mathrm{KL}$. A fixed variance is the weight β of a β-VAE in disguise.
+# 3. **$\sigma^2$ fitted.** Set the derivative to zero: $\sigma^2 = \lVert x-\hat x\rVert^2/D$, the mean squared error. Then the term is $\frac D2\log(2\pi e\,\mathrm{MSE})$, a *logarithm* of the squared error.
+
+# %%
+error, var, size = sympy.symbols("E s D", positive=True)  # squared error, variance, number of pixels
+nll = error / (2 * var) + size / 2 * sympy.log(2 * sympy.pi * var)
+claim("σ² = ½ is the squared error, up to a constant", sympy.diff(nll.subs(var, sympy.Rational(1, 2)), error) == 1)
+claim("mean over pixels + KL is the variance D/2", sympy.diff(nll.subs(var, size / 2), error) == 1 / size)
+claim("the best variance is the mean squared error", sympy.solve(sympy.diff(nll, var), var) == [error / size])
+at_best = nll.subs(var, error / size) - size / 2 * sympy.log(2 * sympy.pi * sympy.E * error / size)
+claim("there the term is D/2 · log(2πe·MSE)", sympy.simplify(sympy.expand_log(at_best)) == 0)
+
+# %% [markdown]
+# The same on a digit. We compress digits to 16 numbers by principal axes (section 1.4 says what that has to do with a VAE), and ask how $-\log p$ of one digit depends on the variance that we claim.
+
+# %%
+flat = train_digits.flatten(1).double()
+axes16 = vae.principal(flat, 16, var=1e-3)
+one = digits[:1].flatten(1).double()
+code, _ = axes16.posterior(one)
+rebuilt = code @ axes16.weight.T + axes16.bias
+mse = (one - rebuilt).square().mean()
+claimed = torch.logspace(-2, 0.5, 200).double()
+per_pixel = torch.stack([-vae.gaussian_log_prob(one, rebuilt, v.log())[0] / 784 for v in claimed])
+fig = plots.curves(claimed, {"this digit": per_pixel}, "variance σ² that is claimed", "−log p per pixel", logx=True)
+fig.axes[0].plot(mse, 0.5 * (2 * math.pi * math.e * mse).log(), "o", color=style.EXACT)
+fig.axes[0].annotate("σ² = MSE", (mse, 0.5), color=style.EXACT)
+claim("the minimum lies at the mean squared error", abs(claimed[per_pixel.argmin()] / mse - 1) < 0.02)
+
+# %% [markdown]
+# Claim too small a variance, and every error costs dearly. Claim too large a one, and you pay for uncertainty that is not there. The VAE below learns $\sigma^2$, one number for all pixels.
+#
+# ### 1.4 A model where the gap can be seen
+#
+# In general neither evidence nor posterior is known. There is one model where both are: the linear one.
+#
+# $$z\sim\mathcal N(0, I),\qquad x = Wz + b + \sigma\,\epsilon.$$
+#
+# Everything in it is Gaussian, so (Tipping and Bishop, 1999)
+#
+# $$p(x) = \mathcal N(b,\ WW^\top+\sigma^2 I),\qquad p(z\mid x) = \mathcal N\bigl(M^{-1}W^\top(x-b),\ \sigma^2M^{-1}\bigr),\qquad M = W^\top W+\sigma^2 I.$$
+#
+# For fixed $\sigma^2$, the $W$ that makes the data most probable is made of principal axes (`vae.principal`). This is a VAE whose encoder and decoder are linear. Its ELBO can be computed without sampling, for any Gaussian $q$:
+
+# %%
+show_source(vae.LinearGaussian.terms)
+
+# %% [markdown]
+# Now line 4 of section 1.1 on real digits, shrunk to 7×7 pixels, with a model of 8 latents. We take any $q$ we like: a random mean and a random covariance.
+
+# %%
+small = nn.functional.avg_pool2d(train_digits, 4).flatten(1).double()
+model = vae.principal(small, 8, var=0.05)
+seen = small[:100]
+root = torch.randn(8, 8, generator=g).double()
+mean, cov = torch.randn(100, 8, generator=g).double(), root @ root.T / 8 + 0.1 * torch.eye(8)
+fit, kl = model.terms(seen, mean, cov)
+gap = model.log_evidence(seen) - (fit - kl)
+to_posterior = divergences.gaussian_kl(mean, cov, *model.posterior(seen))
+claim("the gap of the bound is the KL to the posterior, to 1e-10", (gap - to_posterior).abs().max() < 1e-10)
+fit, kl = model.terms(seen, *model.posterior(seen))
+claim("q = posterior closes the gap, to 1e-10", (model.log_evidence(seen) - fit + kl).abs().max() < 1e-10)
+
+# %% [markdown]
+# *Before you move the slider:* $q$ is the posterior with its standard deviation multiplied by a factor. At which factor does the gap close? Which costs more, half the deviation or twice the deviation?
+
+
+# %%
+def gap(factor):
+    mean, cov = model.posterior(seen)
+    factors = torch.linspace(0.15, 2.6, 100).double()
+    elbo = torch.stack([torch.stack(model.terms(seen, mean, f**2 * cov)).mean(1) @ torch.tensor([1.0, -1.0]).double() for f in factors])
+    here = torch.stack(model.terms(seen, mean, factor**2 * cov)).mean(1) @ torch.tensor([1.0, -1.0]).double()
+    evidence = model.log_evidence(seen).mean()
+    lines = {"log p(x)": evidence.expand(100), "ELBO": elbo}
+    made = plots.curves(factors, lines, "deviation of q, times the posterior's", "nats for a digit", colors={"log p(x)": style.EXACT, "ELBO": style.DATA})
+    made.axes[0].plot([factor] * 2, [here, evidence], color=style.MODEL, linewidth=4, label="KL to the posterior")
+    made.axes[0].legend(loc="lower left")
+    return made
+
+
+widgets.explore(gap, factor=([0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5], 0.4))
+
+# %% [markdown]
+# The orange bar fills what the ELBO lacks, exactly, and vanishes at factor 1. For a factor $f$ and $k$ latents it is $\frac k2(f^2-1-\log f^2)$: half the deviation costs 0.32 nats for each latent, twice costs 0.81.
+#
+# ### 1.5 A convolutional VAE on digits
+#
+# With networks in place of matrices nothing changes in the recipe. The only new thing is how the gradient passes a random draw: write $z = \mu + \sigma\epsilon$ with $\epsilon\sim\mathcal N(0, I)$.
+# The chance is now in $\epsilon$, which has no parameters, and $z$ is an ordinary function of $\mu$ and $\sigma$.
+
+# %%
+show_source(vae.VAE.terms)
+show_source(vae.loss)
+
+# %% [markdown]
+# A short live training shows the two terms at work. *Before you look:* minus the ELBO is the sum of two terms. While it falls, must both of them fall?
+
+
+# %%
+def batch(step):
+    chosen = torch.randint(len(train_digits), (128,), generator=torch.Generator().manual_seed(step))
+    eps = torch.randn(128, 16, generator=torch.Generator().manual_seed(1_000_000 + step))
+    return {"x": train_digits[chosen], "eps": eps}
+
+
+def watch(fit):
+    with torch.no_grad():
+        reconstruction, kl = live.terms(digits[:500], torch.zeros(500, 16))
+    steps.append(fit.step)
+    costs.append([-reconstruction.mean().item(), kl.sum(1).mean().item()])
+
+
+torch.manual_seed(0)
+live, steps, costs = vae.ConvVAE(latent=16, width=16), [], []
+training.fit(live, vae.loss, batch, steps=training.scaled(cpu=120, gpu=5000), precision="float32", watch=watch, watch_every=8)
+made, (left, right) = plots.panels(2, width=8.0, height=3.0)
+cost = torch.tensor(costs).T
+plots.curves(torch.tensor(steps), {"−log p(x | z)": cost[0]}, "training step", "nats", ax=left)
+plots.curves(torch.tensor(steps), {"KL": cost[1]}, "training step", "nats", ax=right)
+claim("the reconstruction term falls, and the KL rises", cost[0, -1] < cost[0, 0] and cost[1, -1] > cost[1, 0])
+
+# %% [markdown]
+# The KL rises. All that the decoder learns about the digit has to pass through $z$, and the KL is its price. It is worth paying as long as a nat of KL saves more than one in the other term.
+#
+# The rest of this section uses a VAE that was trained for 9,000 steps (`dgm-course train mnist-vae`). First its reconstructions: encode a digit, decode the mean of $q$.
+
+# %%
+trained = checkpoints.load("mnist-vae")
+with torch.no_grad():
+    again = trained.decode(trained.encode(digits[:10])[0])
+plots.rows([digits[:10], again], ["digit", "decoded"])
+
+# %%
+noise = torch.randn(10, 16, generator=g)
+with torch.no_grad():
+    means = trained.decode(noise)
+    drawn = means + (0.5 * trained.log_var).exp() * torch.randn(means.shape, generator=g)
+claim("the pixels' learned deviation lies between 0.1 and 0.3", 0.1 < (0.5 * trained.log_var).exp() < 0.3)
+plots.rows([means, drawn], ["mean of p(x | z)", "drawn from p(x | z)"])
+
+# %% [markdown]
+# Reconstructions are good and a little soft. The samples in the first row are softer, and some are between two digits. Papers show this row. The second row is what the model really says: the mean *and* independent noise on every pixel.
+# A Gaussian with one variance cannot say "the stroke is here or there". Where it is unsure it answers with the mean of the two, and the mean of two sharp strokes is a blur.
+#
+# With two latents only, the whole latent space fits on a page (`dgm-course train mnist-vae-2d`). We decode a grid of points, spaced so that each cell has the same probability under the prior. *Before you look:* where will the ones be, and what lies between a 4 and a 9?
+
+# %%
+flatland = checkpoints.load("mnist-vae-2d")
+quantiles = torch.special.ndtri(torch.linspace(0.03, 0.97, 15))
+corners = torch.stack(torch.meshgrid(quantiles, quantiles.flip(0), indexing="xy"), -1).reshape(-1, 2)
+with torch.no_grad():
+    tiles = flatland.decode(corners).reshape(15, 15, 28, 28).transpose(1, 2).reshape(15 * 28, 15 * 28)
+    codes, _ = flatland.encode(digits)
+made, (left, right) = plots.panels(2, width=9.0, height=4.4)
+left.imshow(tiles, cmap="gray", vmin=-1, vmax=1)
+left.set(xticks=[], yticks=[], title="decoded from a grid")
+for digit in range(10):
+    right.plot(*codes[labels == digit][:120].T, ".", markersize=4, color=f"C{digit % 8}" if digit < 8 else ["#6A3D9A", "#B15928"][digit - 8])
+    right.annotate(str(digit), codes[labels == digit].median(0).values.tolist(), fontsize=15, weight="bold")
+right.set(xlabel="z₁", ylabel="z₂", title="where digits are encoded", xlim=(-4.5, 4.5), ylim=(-4.5, 4.5));
+
+# %% [markdown]
+# The map is continuous: neighbours look alike, and on the way from one class to another there are shapes that are neither. The right picture shows the same plane from the other side, with each test digit at the mean of its $q$.
+#
+# ### 1.6 Posterior collapse
+#
+# A latent costs KL. If using it saves less than it costs, the best thing to do with it is nothing: $q(z_i\mid x) = p(z_i)$ for every $x$, at a cost of 0. The latent has *collapsed*.
+#
+# The linear model says exactly when. Give the KL a weight $\beta$. Dividing $\lVert\cdot\rVert^2/2\sigma^2 + \beta\,\mathrm{KL}$ by $\beta$ shows that the best $W$ is that of a plain model with the variance $\beta\sigma^2$:
+#
+# $$W = U\,(\Lambda-\beta\sigma^2 I)_+^{1/2}.$$
+#
+# $U$ are the principal axes of the data, and $\Lambda$ their variances $\lambda_i$. An axis with $\lambda_i \le \beta\sigma^2$ gets length 0: collapse is no accident of training, it is the optimum. And an axis in use carries, on average over the data, a KL of exactly $\frac12\log\frac{\lambda_i}{\beta\sigma^2}$:
+
+# %%
+beta_var = 0.8  # β·σ²
+model = vae.principal(flat, 40, beta_var)
+mean, cov = model.posterior(flat)
+carried = divergences.standard_kl(mean, cov.diagonal().log().expand_as(mean)).mean(0)
+eigenvalues, eigenvectors = torch.linalg.eigh((flat - flat.mean(0)).T @ (flat - flat.mean(0)) / len(flat))
+all_variances, axes_of_data = eigenvalues.flip(0)[:64], eigenvectors.flip(1)[:, :64]
+predicted = 0.5 * (all_variances[:40] / beta_var).clamp(min=1).log()
+claim("KL of each latent = ½ log(λ / βσ²), and 0 below", (carried - predicted).abs().max() < 1e-8)
+print("largest variances of the axes:", [round(v, 1) for v in all_variances[:4].tolist()])
+
+# %% [markdown]
+# *Before you move the slider:* with σ² = 0.1 and the variances above, at which β does the last latent collapse? And by when will the reconstructions have lost their class?
+
+
+# %%
+def collapse(beta):
+    weight = axes_of_data * (all_variances - 0.1 * beta).clamp(min=0).sqrt()  # W, as above
+    model = vae.LinearGaussian(weight, flat.mean(0), 0.1 * beta)
+    mean, _ = model.posterior(digits[:6].flatten(1).double())
+    shown = (mean @ model.weight.T + model.bias).float().reshape(6, 1, 28, 28)
+    used = 0.5 * (all_variances / (0.1 * beta)).clamp(min=1).log()
+    made, axes = plots.panels(2, width=9.0, height=2.8)
+    axes[0].imshow(torch.cat([digits[:6], shown]).reshape(2, 6, 28, 28).transpose(1, 2).reshape(56, 168), vmin=-1, vmax=1)
+    axes[0].set(xticks=[], yticks=[], title=f"digits, and decoded at β = {beta}")
+    axes[1].bar(range(1, 65), used, color=style.MODEL)
+    axes[1].set(xlabel="latent", ylabel="KL in nats", ylim=(0, 4), title=f"{int((used > 0).sum())} of 64 latents in use")
+    return made
+
+
+widgets.explore(collapse, beta=([1, 3, 10, 20, 40, 80, 120, 160, 240], 10))
+
+# %% [markdown]
+# As β grows the latents go out one after the other, the least important first. At the end none is left, and every digit is decoded to the same thing: the mean of the data.
+#
+# Does a convolutional VAE do the same? Here it was trained anew for seven values of β, with σ² held fixed (`dgm-course train mnist-collapse`).
+
+# %%
+table = tables.load("mnist-collapse")
+beta = torch.tensor([row["beta"] for row in table["rows"]])
+used = torch.tensor([row["latents in use"] for row in table["rows"]]).float()
+sigma2 = math.exp(-2.0)  # the variance that was held fixed
+linear = torch.tensor([int((all_variances[:16] > b * sigma2).sum()) for b in beta]).float()
+lines = {"convolutional VAE": used, "linear model": linear}
+plots.curves(beta, lines, "β", "latents in use, of 16", logx=True, colors={"linear model": style.EXACT})
+
+# %% [markdown]
+# SEE-COLLAPSE
+#
+# ### 1.7 Importance weighting: a bound that tightens
+#
+# The ELBO is the mean of $\log w$ with $w = p(x\mid z)p(z)/q(z\mid x)$, while the evidence is the logarithm of the mean of the same $w$. The gap is Jensen's inequality. So average a few weights *before* taking the logarithm:
+#
+# $$L_K = \mathbb E\Bigl[\log\frac1K\sum_{k=1}^K \frac{p(x\mid z_k)\,p(z_k)}{q(z_k\mid x)}\Bigr],\qquad \mathrm{ELBO} = L_1 \le L_2 \le \dots \to \log p(x).$$
+#
+# Where the evidence is known, we can watch it arrive: the linear model on 7×7 digits, with a $q$ that has the right mean and twice the right deviation.
+
+# %%
+model = vae.principal(small, 8, var=0.05)
+encoder, decoder = nn.Linear(49, 16).double(), nn.Linear(8, 49).double()
+posterior_mean, posterior_cov = model.posterior(seen)
+twice = (4 * posterior_cov.diagonal()).log()
+linear_vae = vae.VAE(lambda x: torch.cat([model.posterior(x)[0], twice.expand(len(x), 8)], 1), lambda z: z @ model.weight.T + model.bias, 8, math.log(0.05)).double()
+powers = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+eps = torch.randn(512, 100, 8, generator=g).double()
+with torch.no_grad():
+    bounds = torch.stack([vae.importance_bound(linear_vae, seen, part).mean() for part in (eps[:k] for k in powers)])
+evidence = model.log_evidence(seen).mean()
+lines = {"bound": bounds, "log p(x)": evidence.expand(len(powers))}
+plots.curves(torch.tensor(powers), lines, "K, draws for each digit", "nats", logx=True, colors={"log p(x)": style.EXACT})
+claim("512 draws come within 0.2 nats of the evidence; one is more than 5 below", evidence - bounds[-1] < 0.2 and evidence - bounds[0] > 5)
+
+# %% [markdown]
+# Most of the gap is gone after some dozens of draws. For the convolutional VAE the evidence is unknown, and $L_K$ is the best estimate that we have of it:
+
+# %%
+with torch.no_grad():
+    eps = torch.randn(64, 50, 16, generator=g)
+    tighter = [vae.importance_bound(trained, digits[:50], eps[:k]).mean().item() for k in (1, 8, 64)]
+claim("L₁ < L₈ < L₆₄ on 50 digits", tighter[0] < tighter[1] < tighter[2])
+
+# %% [markdown]
+# ## 2. Effect of framing
+#
+# We fitted $q$ to the posterior by $D_{KL}(q\Vert p)$. Why not $D_{KL}(p\Vert q)$? The slide asks it as a riddle. Data come from a mixture of two Gaussians, drawn below. We may use *one* Gaussian $q$.
+# Which $q$ minimizes $D_{KL}(p\Vert q)$, and which $D_{KL}(q\Vert p)$? Three candidates are drawn. **Write down your two answers before you read on.**
+
+# %%
+means = torch.tensor([[-2.0, -1.0], [2.0, 1.0]]).double()
+p = toy.GaussianMixture(means, torch.tensor([0.6, 0.6]).double())
+angle = torch.linspace(0, 2 * math.pi, 100).double()
+
+
+def ellipse(ax, mean, cov, **look):
+    circle = 2 * torch.stack([angle.cos(), angle.sin()])
+    ax.plot(*(mean[:, None] + torch.linalg.cholesky(cov) @ circle), **look)
+
+
+made, axes = plots.panels(3, width=9.5, height=3.2, share=True)
+candidates = [(p.mean, p.cov), (means[0], 0.6 * torch.eye(2).double()), (p.mean, 0.3 * torch.eye(2).double())]
+for ax, (mean, cov), name in zip(axes, candidates, "ABC", strict=True):
+    plots.density(p.log_prob, extent=(-5, 5, -4, 4), ax=ax, title=name)
+    ellipse(ax, mean, cov, color=style.MODEL)
+
+# %% [markdown]
+# In blue the data's density $p$; in orange, for each candidate $q$, the ellipse at two standard deviations.
+#
+# ### 2.1 KL(p‖q): the fit that must cover
+#
+# Write it out: $D_{KL}(p\Vert q) = \mathbb E_p[\log p] - \mathbb E_p[\log q]$. The first part has no $q$. For a Gaussian $q$ with mean $m$ and covariance $C$ the second is
+#
+# $$-\mathbb E_p[\log q] = \tfrac12\log\det(2\pi C) + \tfrac12\,\mathbb E_p\bigl[(x-m)^\top C^{-1}(x-m)\bigr],$$
+#
+# which asks of $p$ nothing but its mean and covariance. Setting the derivatives to zero gives $m = \mathbb E_p[x]$ and $C = \mathrm{Cov}_p[x]$: **match the moments**. There is one minimum, in closed form. For a mixture the covariance is that *within* the components plus that *between* their means.
+
+# %%
+line = torch.linspace(-9, 9, 181, dtype=torch.float64)
+plane = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).reshape(-1, 2)
+cell = (line[1] - line[0]).item() ** 2
+
+
+def log_normal(mean, cov):
+    return torch.distributions.MultivariateNormal(mean, cov).log_prob(plane)
+
+
+mean, root = p.mean.clone().requires_grad_(), torch.linalg.cholesky(p.cov).clone().requires_grad_()
+covering = divergences.kl(p.log_prob(plane), log_normal(mean, root @ root.T), cell)
+slope = torch.autograd.grad(covering, [mean, root])
+claim("at the moments of p both gradients vanish", all(s.abs().max() < 1e-6 for s in slope))
+others = [(p.mean + 0.3, p.cov), (p.mean, 1.3 * p.cov), (p.mean, 0.8 * p.cov), candidates[1], candidates[2]]
+claim("five other Gaussians are worse", all(divergences.kl(p.log_prob(plane), log_normal(m, c), cell) > covering for m, c in others))
+
+# %% [markdown]
+# So the answer to the first question is **A**. Why must it cover? Where $p(x) > 0$ and $q(x)\to0$, the ratio $\log p/q$ explodes. $D_{KL}(p\Vert q)$ punishes a $q$ that calls data impossible, and hardly minds one that puts mass where there are no data.
+# Fitting by maximum likelihood is this divergence: $-\mathbb E_p[\log q]$ is the negative log-likelihood of data under the model $q$.
+#
+# ### 2.2 KL(q‖p): the fit that may choose
+#
+# Now the expectation is under $q$: $D_{KL}(q\Vert p) = \mathbb E_q[\log q - \log p]$. There is no closed form, so we descend, from several starts. *How many different ends do you expect?*
+
+# %%
+starts = torch.tensor([[-3.0, 0.0], [3.0, 0.5], [-0.5, 2.0], [0.6, -2.0], [1.0, 3.0], [-1.0, -3.0]]).double()
+found = [divergences.nearest_reverse(p.log_prob, start, torch.eye(2).double()) for start in starts]
+made, axes = plots.panels(2, width=8.4, height=3.6, share=True)
+for ax, name in zip(axes, ["KL(p‖q): one answer", "KL(q‖p): six starts"], strict=True):
+    plots.density(p.log_prob, extent=(-5, 5, -4, 4), ax=ax, title=name)
+ellipse(axes[0], p.mean, p.cov, color=style.MODEL)
+for start, (mean, cov, _) in zip(starts, found, strict=True):
+    ellipse(axes[1], mean, cov, color=style.MODEL)
+    axes[1].annotate("", mean.tolist(), start.tolist(), arrowprops={"arrowstyle": "->", "color": style.NOISE})
+
+# %%
+on_mode = [bool((mean - means).norm(dim=1).min() < 0.05) for mean, *_ in found]
+values = torch.stack([value for *_, value in found])
+claim("four starts end on a component, two between them", sum(on_mode) == 4)
+claim("on a component the divergence is log 2, to 0.01", (values[on_mode] - math.log(2)).abs().max() < 0.01)
+claim("the end in between is a worse minimum", all(values[[not on for on in on_mode]] > 0.74))
+
+# %% [markdown]
+# Three ends, and the start decides. The two best are **B** and its mirror image, with the same divergence. Between the components lies a third, local minimum.
+# Where $q(x) > 0$ and $p(x)\to0$, now $\log q/p$ explodes: $D_{KL}(q\Vert p)$ punishes a $q$ that puts mass where there are no data, and hardly minds one that misses half of them.
+# Missing half costs just $\log 2 = 0.69$: on its mode $q$ is *twice* $p$, so $\log q/p \approx \log 2$ everywhere it looks.
+#
+# **Candidate C** is the answer to neither question. It combines both faults.
+#
+# This is the VAE's divergence, between $q(z\mid x)$ and the posterior. If a digit could have come from two far-apart codes, a Gaussian $q$ picks one of them.
+#
+# ### 2.3 Jensen–Shannon, between the two
+#
+# Section 3 will show that a GAN aims at a third divergence. With $m = \frac12(p+q)$,
+#
+# $$JS(p,q) = \tfrac12 D_{KL}(p\Vert m) + \tfrac12 D_{KL}(q\Vert m)\ \le\ \log 2.$$
+#
+# It is symmetric and never infinite, as $m$ is positive wherever $p$ or $q$ is. Does its best Gaussian cover or choose? We minimize it on the grid, from two starts: the covering answer, and a mode.
+
+
+# %%
+def nearest_js(two, points, cell, mean, cov):
+    mean, root = mean.clone().requires_grad_(), torch.linalg.cholesky(cov).contiguous().requires_grad_()
+    optimizer = torch.optim.LBFGS([mean, root], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        log_q = torch.distributions.MultivariateNormal(mean, root @ root.T).log_prob(points)
+        value = divergences.jensen_shannon(two.log_prob(points), log_q, cell)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return mean.detach(), (root @ root.T).detach(), closure().item()
+
+
+from_cover = nearest_js(p, plane, cell, p.mean, p.cov)
+from_mode = nearest_js(p, plane, cell, means[0], 0.6 * torch.eye(2).double())
+claim("two minima: one between the modes, one on a mode", from_cover[0].norm() < 0.01 and from_mode[0].norm() > 1)
+claim("the lower one lies between the modes", from_cover[2] < from_mode[2])
+claim("both are below log 2", max(from_cover[2], from_mode[2]) < math.log(2))
+
+# %% [markdown]
+# Both kinds of answer are minima. For these modes the covering one is the better, so Jensen–Shannon sides with $D_{KL}(p\Vert q)$ here, while $D_{KL}(q\Vert p)$ has already chosen. It stands between the two.
+#
+# ### 2.4 When the answers part
+#
+# With modes close together, all three agree: one Gaussian is then nearly right. Move them apart on a line, and watch when the answers part ways. *At which distance, in standard deviations, do you expect it?*
+
+
+# %%
+xs = torch.linspace(-14, 14, 2801, dtype=torch.float64)[:, None]
+step = 0.01
+mode_start, wide_start = torch.tensor([[1.0]]).double(), torch.tensor([[6.0]]).double()
+
+
+def pair_of_modes(distance):
+    return toy.GaussianMixture(torch.tensor([[-distance / 2], [distance / 2]]).double(), torch.ones(2).double())
+
+
+def apart(distance):
+    two, mode = pair_of_modes(distance), torch.tensor([distance / 2]).double()
+    starts = [(mode, mode_start), (0 * mode, wide_start)]
+    reverse = min((divergences.nearest_reverse(two.log_prob, *s, nodes=120) for s in starts), key=lambda end: end[2])
+    between = min((nearest_js(two, xs, step, *s) for s in starts), key=lambda end: end[2])
+    fits = {"KL(p‖q)": (two.mean, two.cov), "KL(q‖p)": reverse, "Jensen–Shannon": between}
+    log_normal = {name: toy.GaussianMixture(mean[None], cov[None]).log_prob(xs) for name, (mean, cov, *_) in fits.items()}
+    shown = (xs[:, 0].abs() < 8).nonzero()[:, 0]
+    lines = {name: log_q.exp()[shown] for name, log_q in log_normal.items()}
+    made = plots.curves(xs[shown, 0], lines, "x", "density", colors=dict(zip(fits, [style.EXACT, style.MODEL, style.GUIDED], strict=True)))
+    made.axes[0].fill_between(xs[shown, 0], two.log_prob(xs).exp()[shown], color=style.DATA, alpha=0.25)
+    return made
+
+
+widgets.explore(apart, distance=([0.0, 2.0, 3.0, 4.0, 5.0, 5.5, 6.0, 7.0, 8.0, 9.0], 4.0))
+
+# %% [markdown]
+# In blue the data, with three best fits (for the last two the better of two minima). Up to a distance of about 4 they are close to each other. Then $D_{KL}(q\Vert p)$ lets go of the middle and jumps onto a mode, at about 5.6. Jensen–Shannon follows, between 8 and 9. $D_{KL}(p\Vert q)$ never does. (Both modes are equally good; the start decides which one is shown.) The next figure shows the jump of $D_{KL}(q\Vert p)$.
+
+# %%
+distances = torch.arange(3.0, 7.6, 0.25).double()
+ends = {"best q between the modes": [], "best q on a mode": []}
+for d in distances:
+    two = pair_of_modes(d)
+    middle = divergences.nearest_reverse(two.log_prob, torch.zeros(1).double(), wide_start, nodes=120)
+    right = divergences.nearest_reverse(two.log_prob, d[None] / 2, mode_start, nodes=120)
+    ends["best q between the modes"].append(middle[2])
+    ends["best q on a mode"].append(right[2] if right[0] > 1 else torch.tensor(torch.nan))
+lines = {name: torch.stack(values) for name, values in ends.items()}
+plots.curves(distances, lines, "distance of the modes, in standard deviations", "KL(q‖p) in nats")
+on_a_mode, between = lines["best q on a mode"], lines["best q between the modes"]
+claim("at 4 there is no minimum on a mode", on_a_mode[4].isnan())
+claim("at 5 there is one, but it is the worse of the two", on_a_mode[8] > between[8])
+claim("at 6 it is the better one", on_a_mode[12] < between[12])
+
+# %% [markdown]
+# The curve of the modes begins just below 5: closer together, a descent from a mode slides to the middle. From there to about 5.6 the middle is still better; beyond, choosing costs $\log 2$ and no more, while bridging the gap costs ever more.
+#
+# **What to keep.** Maximum likelihood, and with it flows and (through its bound) diffusion, covers: it may blur, it does not forget. A fit by $D_{KL}(q\Vert p)$ chooses: it may forget, it does not blur. Remember this when you compare samples of a VAE and of a GAN.
+#
+# ## 3. GAN
+#
+# A GAN gives up on densities. The *generator* $G$, the money faker, turns noise $z$ into a sample $G(z)$. The *discriminator* $D$, the police, is a classifier: $D(x)$ is the probability that it gives to "$x$ is real".
+#
+# ### 3.1 From cross-entropy to minimax
+#
+# A classifier is trained by binary cross-entropy, $-[y\log D + (1-y)\log(1-D)]$, with $y = 1$ for real and $y = 0$ for generated samples. Take the mean over both, and turn the sign:
+#
+# $$\max_D\ \mathbb E_{x\sim p_{\text{data}}}[\log D(x)] + \mathbb E_z[\log(1-D(G(z)))].$$
+#
+# The generator wants the opposite. Only the second term depends on it: $\min_G \mathbb E_z[\log(1-D(G(z)))]$. Together this is the slide's minimax game. In code the network gives the *logit* $\ell$, with $D = 1/(1+e^{-\ell})$. Then $-\log D = \mathrm{softplus}(-\ell)$, which does not overflow.
+
+# %%
+real, fake = 3 * torch.randn(200, generator=g).double(), 3 * torch.randn(300, generator=g).double()
+bce = nn.functional.binary_cross_entropy_with_logits
+by_labels = bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake))
+claim("the discriminator's loss is cross-entropy with labels 1 and 0", abs(gan.discriminator_loss(real, fake) - by_labels) < 1e-12)
+slide = (1 - fake.sigmoid()).log().mean()
+claim("the saturating generator's loss is the slide's E[log(1 − D)]", abs(gan.generator_loss(fake, saturating=True) - slide) < 1e-10)
+
+# %% [markdown]
+# ### 3.2 The best discriminator
+#
+# Let $q$ be the density of generated samples. For each $x$ by itself, $D(x)$ should maximize $p\log D + q\log(1-D)$. The derivative $p/D - q/(1-D)$ is zero at
+#
+# $$D^*(x) = \frac{p(x)}{p(x)+q(x)},\qquad\text{that is}\qquad \ell^*(x) = \log p(x) - \log q(x).$$
+#
+# The best logit *is* the log-ratio of the densities: a discriminator is an estimate of a density ratio. Put it back, with $m = \frac12(p+q)$:
+#
+# $$\mathbb E_p\Bigl[\log\frac{p}{2m}\Bigr] + \mathbb E_q\Bigl[\log\frac{q}{2m}\Bigr] = 2\,JS(p,q) - \log 4.$$
+#
+# So against a perfect police, the faker minimizes the Jensen–Shannon divergence.
+
+# %%
+p_x, q_x, D = sympy.symbols("p q D", positive=True)
+slope = sympy.diff(p_x * sympy.log(D) + q_x * sympy.log(1 - D), D)
+claim("D* = p/(p + q)", sympy.simplify(sympy.solve(slope, D)[0] - p_x / (p_x + q_x)) == 0)
+
+p1 = toy.GaussianMixture(torch.tensor([[-1.5], [1.5]]).double(), torch.tensor([0.25, 0.25]).double())
+q1 = toy.GaussianMixture(torch.tensor([[0.5]]).double(), torch.tensor([1.5]).double())
+xs = torch.linspace(-9, 9, 4001, dtype=torch.float64)[:, None]
+log_p, log_q, dx = p1.log_prob(xs), q1.log_prob(xs), (xs[1] - xs[0]).item()
+logit = gan.optimal_logit(log_p, log_q)
+softplus = nn.functional.softplus
+value = -(log_p.exp() * softplus(-logit) + log_q.exp() * softplus(logit)).sum() * dx
+claim("the value at D* is 2·JS − log 4, to 1e-10", abs(value - 2 * divergences.jensen_shannon(log_p, log_q, dx) + math.log(4)) < 1e-10)
+
+# %% [markdown]
+# That is theory. Does training get there? A small network sees samples of $p$ and $q$, never a density.
+
+# %%
+torch.manual_seed(0)
+police = nets.perceptron(1, 64, 64, 1)
+
+
+def pair(step):
+    chance = torch.Generator().manual_seed(step)
+    return {"x": p1.sample(512, chance).float(), "y": q1.sample(512, chance).float()}
+
+
+def tell_apart(net, x, y):
+    return gan.discriminator_loss(net(x), net(y))
+
+
+done = training.fit(police, tell_apart, pair, steps=training.scaled(cpu=600, gpu=5000), ema=0.99, precision="float32")
+with torch.no_grad():
+    learned = done.ema(xs.float())[:, 0].double()
+at = (xs[:, 0].abs() < 3.5).nonzero()[:, 0]
+plots.curves(xs[at, 0], {"trained": learned[at].sigmoid(), "p/(p + q)": logit[at].sigmoid()}, "x", "D(x)", colors={"p/(p + q)": style.EXACT})
+reached = -(log_p.exp() * softplus(-learned) + log_q.exp() * softplus(learned)).sum() * dx
+claim("training reaches the best value to 0.01 from below", 0 <= value - reached < 0.01)
+
+# %% [markdown]
+# The trained network lies on the formula wherever there are data. Where it does not, neither density had samples to teach it.
+#
+# ### 3.3 Two losses for the generator
+#
+# Early in training fakes are bad, and the police is sure of it: $D(G(z))\approx 0$. The generator learns through $\ell$, so look at the slopes:
+#
+# $$\frac{d}{d\ell}\log(1-D) = -D\ \to\ 0,\qquad\qquad \frac{d}{d\ell}(-\log D) = -(1-D)\ \to\ -1.$$
+#
+# The slide's loss *saturates*: the worse the fake, the smaller the gradient. Minimizing $-\log D$ instead has the same aim and a gradient where it is needed. This is the *non-saturating* loss.
+#
+# Measured: data are $\mathcal N(0,1)$, the generator draws $m + z$, and the police is perfect. How strongly is $m$ pulled back, as a function of its distance?
+
+# %%
+places = torch.linspace(-8, 8, 1601, dtype=torch.float64)  # of the generator's noise, with its probabilities
+weights = (-0.5 * places**2).softmax(0)
+
+
+def pull(m, saturating):
+    m = torch.tensor(m).double()
+    shift = m.clone().requires_grad_()  # the generator's parameter; the police knows m, but does not move with it
+    x = shift + places
+    fake = gan.optimal_logit(-0.5 * x**2, -0.5 * (x - m) ** 2)
+    each = -softplus(fake) if saturating else softplus(-fake)
+    return torch.autograd.grad(weights @ each, shift)[0].abs()
+
+
+away = torch.linspace(0.25, 8, 60)
+lines = {name: torch.stack([pull(m.item(), s) for m in away]) for name, s in [("log(1 − D)", True), ("−log D", False)]}
+plots.curves(away, lines, "distance m of the fakes from the data", "gradient that pulls m back", logy=True);
+claim("near the data both pull alike", abs(lines["log(1 − D)"][0] / lines["−log D"][0] - 1) < 0.1)
+claim("at distance 8 the slide's loss has lost its pull", lines["log(1 − D)"][-1] < 1e-3 and lines["−log D"][-1] > 5)
+
+# %% [markdown]
+# Close to the data the two are the same. Far away, the saturating gradient falls like a Gaussian tail, and the other grows with the distance. Everyone trains with the second.
+#
+# > **Spot the bug.** A training loop computes `fake = G(z)` and updates the discriminator by `discriminator_loss(D(real), D(fake))`, then the generator. The fakes are never detached. What does the discriminator's loss do to the generator? *(Its gradient reaches $G$, and pulls it towards fakes that are easy to tell. `gan.loss` cuts that path with one `detach`.)*
+
+# %%
+show_source(gan.loss)
+
+# %% [markdown]
+# ### 3.4 Mode collapse
+#
+# The generator is paid for fooling the police *now*. If all its samples land on one mode of the data, and the police has not noticed yet, that is a success. Then the police learns, and the faker moves to the next mode. Nothing in the game asks it to cover all of them.
+#
+# The classic test is a ring of eight Gaussians. *How many of them will the generator find?* Beside the plain GAN we try a remedy: **add noise to what the police sees**, real and fake alike, much at first and none at the end. Under noise the eight islands merge into one, and there is no mode to hide in.
+#
+# One run proves little, as the game is chaotic. So we play six at once: `Players` is a stack of six independent networks, three games without noise and three with.
+
+
+# %%
+class Players(nn.Module):
+    """k independent networks at once, (k, B, widths[0]) → (k, B, widths[-1]), that see their input through noise."""
+
+    def __init__(self, k, *widths):
+        super().__init__()
+        layers = [[nn.Linear(*pair) for _ in range(k)] for pair in zip(widths, widths[1:], strict=False)]
+        self.weights = nn.ParameterList(torch.stack([one.weight.detach().T for one in layer]) for layer in layers)
+        self.biases = nn.ParameterList(torch.stack([one.bias.detach()[None] for one in layer]) for layer in layers)
+        self.noise = 0.0
+
+    def forward(self, x):
+        x = x + self.noise * torch.randn_like(x)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, nn.functional.silu(x) if i else x, weight)
+        return x
+
+
+# %%
+ring = toy.ring(8, radius=8.0, std=0.2)
+games = training.scaled(cpu=1000, gpu=10_000)
+strength = torch.tensor([0.0, 0.0, 0.0, 4.0, 4.0, 4.0])[:, None, None]  # of the noise, in each of the six games
+
+
+def deal(step):
+    chance = torch.Generator().manual_seed(step)
+    left = torch.full((6,), max(0.0, 1 - step / (0.8 * games)))  # of the noise
+    return {"x": ring.sample(768, chance).reshape(6, 128, 2), "z": torch.randn(6, 128, 2, generator=chance), "left": left}
+
+
+def play(model, x, z, left):
+    model.discriminator.noise = strength * left[0]
+    return gan.loss(model, x, z)
+
+
+torch.manual_seed(0)
+model = gan.GAN(Players(6, 2, 128, 128, 2), Players(6, 2, 128, 128, 128, 1), latent=2)
+plain_adam = {"lr": 1e-3, "betas": (0.5, 0.99), "weight_decay": 0, "warmup": 0, "final": 1.0, "clip": 1e9}
+training.fit(model, play, deal, steps=games, precision="float32", **plain_adam)
+
+# %%
+with torch.no_grad():
+    fakes = model.generator(torch.randn(6, 2000, 2, generator=torch.Generator().manual_seed(1)))
+distance, nearest = (fakes[:, :, None] - ring.means).norm(dim=3).min(2)
+served = [int((torch.bincount(n[d < 0.8], minlength=8) >= 80).sum()) for d, n in zip(distance, nearest, strict=True)]
+made, axes = plots.panels(3, 2, width=9.0, height=6.0, share=True)
+for ax, x, count, name in zip(axes, fakes, served, ["plain"] * 3 + ["noise at first"] * 3, strict=True):
+    ax.plot(*x[:600].T, ".", markersize=3, alpha=0.5, color=style.MODEL)
+    ax.plot(*ring.means.T, "o", markersize=9, markerfacecolor="none", color=style.DATA)
+    ax.set(title=f"{name}: {count} of 8", xlim=(-12, 12), ylim=(-12, 12), aspect="equal")
+claim("three games without noise serve fewer modes than three with", sum(served[:3]) < sum(served[3:]))
+
+# %% [markdown]
+# In orange the generator's samples, as circles the eight modes; the title counts the modes that get at least 4 % of the samples (a fair share is 12.5 %). Without noise each game ends on one or two modes, with tails on the way to the next. With noise at first it serves about three. That is better, and far from cured: this is what people mean when they call GANs hard to train.
+#
+# Keep the remedy in mind. *Blur the data with noise until the problem is easy, then take the noise away* is, in one sentence, the idea of the next lectures.
+#
+# ### 3.5 A GAN on digits
+#
+# The same two halves as in the VAE, decoder as generator and encoder as discriminator, trained for 4,000 steps with a penalty on steep discriminators (`dgm-course train mnist-gan`). Compare these samples with the VAE's in section 1.5.
+
+# %%
+faker = checkpoints.load("mnist-gan")
+fakes = faker.sample(40, generator=g)
+plots.grid(fakes, columns=10)
+
+# %% [markdown]
+# Sharp strokes, no blur, and here and there a shape that is no digit. The blur is gone because no pixel-wise error was ever computed.
+#
+# Did it forget modes? We ask a classifier how often each class comes.
+
+# %%
+judge = checkpoints.load("mnist-classifier")
+with torch.no_grad():
+    classes = judge(faker.sample(1000, generator=g)).argmax(1)
+share = torch.bincount(classes, minlength=10) / 1000
+made, (ax,) = plots.panels(width=5.6, height=2.6)
+ax.bar(range(10), share, color=style.MODEL)
+ax.axhline(0.1, color=style.EXACT)
+ax.set(xticks=range(10), xlabel="class, to the classifier", ylabel="share of 1,000 samples")
+claim("every class comes up", share.min() > 0.02)
+
+# %% [markdown]
+# SEE-CLASSES
+#
+# ## 4. Why diffusion?
+#
+# The lecture names two benefits of diffusion models: high quality, and stable training compared to a GAN. The price is speed. Let us measure all three, on the same data. We train a VAE, a GAN and a small diffusion model of about equal size for about equal time, four seeds each (`dgm-course train mnist-generators`).
+#
+# *Quality* is the Fréchet distance of the samples to real digits (lower is better), on the features of a classifier; notebook 04 says what it is. *Precision* is the share of samples that look real, *recall* the share of real digits that could have been generated. *Stability* is the spread over seeds. Before you look: rank the three in each column.
+
+# %%
+table = tables.load("mnist-generators")
+floor = table["Fréchet distance of real images"]
+rows = {kind: [row for row in table["rows"] if row["kind"] == kind] for kind in table["vary"]["kind"]}
+
+
+def column(kind, name):
+    return torch.tensor([row[name] for row in rows[kind]])
+
+
+print(f"{'':>10}  Fréchet distance   precision   recall   seconds for 1000")
+for kind in rows:
+    distance = column(kind, "Fréchet distance")
+    spread = f"{distance.mean():.2f} ({distance.min():.2f}–{distance.max():.2f})"
+    others = [column(kind, name).mean().item() for name in ("precision", "recall", "seconds for 1000 samples")]
+    print(f"{kind:>10}  {spread:>16}   {others[0]:9.2f}   {others[1]:6.2f}   {others[2]:16.2f}")
+print(f"{'real':>10}  {floor:>16.2f}")
+
+# %%
+made, axes = plots.panels(3, width=9.6, height=3.0)
+for ax, name in zip(axes, ["Fréchet distance", "recall", "seconds for 1000 samples"], strict=True):
+    for place, kind in enumerate(rows):
+        ax.plot([place] * len(rows[kind]), column(kind, name), "o", color=f"C{place}")
+    ax.set(xticks=range(3), xticklabels=list(rows), ylabel=name, xlim=(-0.5, 2.5))
+axes[0].set(yscale="log")
+axes[2].set(yscale="log")
+
+# %% [markdown]
+# SEE-TABLE
+#
+# ### What is diffusion? The opening
+#
+# The name comes from physics, from non-equilibrium thermodynamics. Ink in water spreads until it is even: a complicated distribution becomes a simple one by many small random steps. A diffusion model has two processes, with two objectives:
+#
+# 1. **Forward:** add Gaussian noise, a little at a time. Objective: turn the complex distribution of clean data into a simple one.
+# 2. **Reverse:** remove noise, a little at a time. Objective: turn a sample of noise into a new sample of data.
+#
+# On the ring of section 3.4, the ideal reverse process is known exactly, so we can watch both without training anything.
+
+# %%
+path, islands = paths.Cosine(), toy.ring(8, radius=1.6, std=0.05)
+points = islands.sample(600, g)
+levels = [0.0, 0.1, 0.25, 0.5, 1.0]
+there = [path.perturb(points, t, torch.randn(600, 2, generator=g)) for t in levels]
+made, axes = plots.panels(5, 2, width=10.0, height=4.2, share=True)
+for ax, x, t in zip(axes, there, levels, strict=False):
+    plots.scatter(x, extent=(-3, 3, -3, 3), ax=ax, title=f"t = {t}")
+states = [torch.randn(600, 2, generator=g)]
+states += list(samplers.ddim(islands.denoiser(path), path, states[0], path.times(40), generator=g))
+for ax, t in zip(axes[5:], reversed(levels), strict=True):
+    plots.scatter(states[round(40 * (1 - t))], extent=(-3, 3, -3, 3), ax=ax, title=f"t = {t}")
+found = torch.bincount((states[-1][:, None] - islands.means).norm(dim=2).argmin(1), minlength=8)
+claim("all eight modes are found, each with its share", (found / 600 - 1 / 8).abs().max() < 0.06)
+
+# %% [markdown]
+# Upper row: data turn into noise. Lower row, from left to right: noise turns into data, and every mode gets its share. No player had to be fooled, and no density was cut down to one Gaussian. Each small step is an easy problem. That is what the rest of the course is about.
+#
+# ## 5. Recap
+#
+# - $\log p(x) = \mathrm{ELBO} + \mathrm{KL}[q\Vert p(z\mid x)]$, for every $q$. The gap of the bound *is* the KL, and the best $q$ closes it.
+# - "~L2" is the squared error over $2\sigma^2$. The variance decides how much the KL weighs, and the best one is the mean squared error.
+# - A latent is used if it saves more than it costs. In the linear model: if $\lambda_i > \beta\sigma^2$. Otherwise it collapses, and that is the optimum.
+# - $D_{KL}(p\Vert q)$ covers, by matching moments. $D_{KL}(q\Vert p)$ chooses, and the start decides. They agree while one Gaussian is nearly right.
+# - A discriminator's logit estimates $\log p - \log q$. At its best the game's value is $2JS-\log4$.
+# - $-\log D$ pulls where $\log(1-D)$ has lost its gradient.
+#
+# **Pitfalls**
+#
+# - The arguments of a KL do not commute. Say which is which, and from which one the samples come.
+# - $\sigma$, $\sigma^2$ or $\log\sigma^2$? Encoders give $\log\sigma^2$; the draw needs $\sigma = e^{\frac12\log\sigma^2}$.
+# - A mean over pixels beside a sum over latents makes the KL $D$ times too heavy, and the posterior collapses.
+# - Detach the fakes in the discriminator's loss; freeze the discriminator in the generator's.
+# - A GAN's loss curve says nothing about the samples. Look at samples, and at how many modes they cover.
+#
+# **Homework:** [exercises](../homework/hw1_vae_gan.ipynb) next to this notebook.
+#
+# **References**
+#
+# - Kingma, Welling: [*Auto-Encoding Variational Bayes*](https://arxiv.org/abs/1312.6114), 2014. The VAE.
+# - Tipping, Bishop: *Probabilistic Principal Component Analysis*, Journal of the Royal Statistical Society B 61, 1999. The linear model.
+# - Lucas, Tucker, Grosse, Norouzi: [*Don't Blame the ELBO! A Linear VAE Perspective on Posterior Collapse*](https://arxiv.org/abs/1911.02469), 2019.
+# - Higgins and others: *beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework*, 2017.
+# - Rybkin, Daniilidis, Levine: [*Simple and Effective VAE Training with Calibrated Decoders*](https://arxiv.org/abs/2006.13202), 2021. The variance fitted.
+# - Burda, Grosse, Salakhutdinov: [*Importance Weighted Autoencoders*](https://arxiv.org/abs/1509.00519), 2016.
+# - Goodfellow and others: [*Generative Adversarial Nets*](https://arxiv.org/abs/1406.2661), 2014.
+# - Sønderby, Caballero, Theis, Shi, Huszár: [*Amortised MAP Inference for Image Super-resolution*](https://arxiv.org/abs/1610.04490), 2017. Noise for the discriminator.
+# - Mescheder, Geiger, Nowozin: [*Which Training Methods for GANs do actually Converge?*](https://arxiv.org/abs/1801.04406), 2018. The gradient penalty.
+# - Sohl-Dickstein, Weiss, Maheswaranathan, Ganguli: [*Deep Unsupervised Learning using Nonequilibrium Thermodynamics*](https://arxiv.org/abs/1503.03585), 2015.
