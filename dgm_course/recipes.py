@@ -50,7 +50,7 @@ RECIPES = {
         "data": "mnist",
         "model": {"class": "ConvGAN", "latent": 32},
         "penalty": 1.0,
-        "steps": 4000,
+        "steps": 3000,
         "batch": 128,
         "seed": 0,
         "fit": GAN_FIT | {"ema": 0.999},

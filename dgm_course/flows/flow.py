@@ -102,13 +102,14 @@ class RealNVP(Flow):
         super().__init__(Composed(Squeeze(folded), Logit(margin)), (1, side, side))
 
 
-def coupling_flow(dim: int = 2, depth: int = 8, width: int = 64) -> Flow:
+def coupling_flow(dim: int = 2, depth: int = 8, width: int = 64, limit: float = math.log(1000)) -> Flow:
     """A flow for points: couplings that keep every other coordinate in turn, each with a network of two hidden layers.
 
     Arguments:
         dim: Dimension of a point, at least 2.
         depth: Number of couplings.
         width: Width of the hidden layers.
+        limit: That of `Coupling`; a small one keeps training steady at a high learning rate.
 
     Example:
         >>> flow = coupling_flow(dim=3, depth=4)
@@ -124,4 +125,4 @@ def coupling_flow(dim: int = 2, depth: int = 8, width: int = 64) -> Flow:
         return net
 
     masks = [((torch.arange(dim) + i) % 2).float() for i in range(depth)]
-    return Flow(Composed(*(Coupling(mask, network()) for mask in masks)), (dim,))
+    return Flow(Composed(*(Coupling(mask, network(), limit) for mask in masks)), (dim,))

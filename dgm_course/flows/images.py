@@ -52,6 +52,7 @@ def dequantize(x: Tensor, noise: Tensor, levels: int = 256) -> Tensor:
     known = ((level - level.round()).abs() < 1e-2) & (level > -0.5) & (level < levels - 0.5)
     if not bool(known.all()):
         raise ValueError(f"x must hold {levels} grey levels in [−1, 1]; got values that are none of them")
+    noise = noise.clamp(max=1 - 2**-15)  # closer to 1, float32 would round a high level up into the next
     return (level.round() + noise) / levels
 
 

@@ -305,7 +305,7 @@ claim("the reconstruction term falls, and the KL rises", cost[0, -1] < cost[0, 0
 # %% [markdown]
 # The KL rises. All that the decoder learns about the digit has to pass through $z$, and the KL is its price. It is worth paying as long as a nat of KL saves more than one in the other term.
 #
-# The rest of this section uses a VAE that was trained for 9,000 steps (`dgm-course train mnist-vae`). First its reconstructions: encode a digit, decode the mean of $q$.
+# The rest of this section uses a VAE that was trained for 6,000 steps (`dgm-course train mnist-vae`). First its reconstructions: encode a digit, decode the mean of $q$.
 
 # %%
 trained = checkpoints.load("mnist-vae")
@@ -793,7 +793,7 @@ claim("three games without noise serve fewer modes than three with", sum(served[
 #
 # ### 3.5 A GAN on digits
 #
-# The same two halves as in the VAE, decoder as generator and encoder as discriminator, trained for 4,000 steps with a penalty on steep discriminators (`dgm-course train mnist-gan`). Compare these samples with the VAE's in section 1.5.
+# The same two halves as in the VAE, decoder as generator and encoder as discriminator, trained for 3,000 steps with a penalty on steep discriminators (`dgm-course train mnist-gan`). Compare these samples with the VAE's in section 1.5.
 
 # %%
 faker = checkpoints.load("mnist-gan")
