@@ -39,7 +39,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_loss(fake: Tensor, saturating: bool = False) -> Tensor:
-    r"""What the generator minimizes: the slide's E[log(1 − D)], or E[−log D], whose gradient does not vanish.
+    r"""What the generator minimizes: the slide's E[log(1 − D)], or E[−log D], whose gradient does not vanish where D is near 0.
 
     .. math:: \frac{d}{d\ell}\log(1 - D) = -D, \qquad \frac{d}{d\ell}(-\log D) = -(1 - D)
 
@@ -146,7 +146,7 @@ def loss(gan: GAN, x: Tensor, z: Tensor, saturating: bool = False, penalty: floa
         penalty: γ, the weight of `gradient_penalty`.
 
     Source:
-        | Slide "GAN"; Goodfellow et al. (2014), algorithm 1, with one step of each at a time
+        | Slide "GAN"; Goodfellow et al. (2014), algorithm 1, with both players moved at the same time
 
     Example:
         >>> gan = GAN(nn.Linear(4, 2), nn.Linear(2, 1), latent=4)

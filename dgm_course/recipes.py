@@ -59,7 +59,7 @@ RECIPES = {
     "mnist-generators": {
         "what": "VAE, GAN and diffusion of about equal size, trained for about equal times, over seeds",
         "data": "mnist",
-        "vary": {"kind": ["VAE", "GAN", "diffusion"], "seed": [0, 1, 2, 3]},
+        "vary": {"kind": ["VAE", "GAN", "diffusion", "GAN, plain Adam"], "seed": [0, 1, 2, 3]},
         "kinds": {
             "VAE": {"model": {"class": "ConvVAE"}, "steps": 2000},
             "GAN": {"model": {"class": "ConvGAN"}, "fit": GAN_FIT | {"precision": "float32", "ema": 0.99}},
@@ -70,6 +70,7 @@ RECIPES = {
                 "times": "logit-normal",
                 "steps": 700,
             },
+            "GAN, plain Adam": {"model": {"class": "ConvGAN"}},  # with the settings that serve the other two
         },
         "steps": 1000,
         "batch": 128,

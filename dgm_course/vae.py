@@ -128,7 +128,7 @@ def loss(vae: VAE, x: Tensor, eps: Tensor, beta: float = 1.0) -> Tensor:
 
 
 def importance_bound(vae: VAE, x: Tensor, eps: Tensor) -> Tensor:
-    r"""A tighter bound from K draws; K = 1 gives an estimate of the ELBO, and it rises to log p(x) as K grows.
+    r"""A tighter bound from K draws; K = 1 gives an estimate of the ELBO, and on average it rises to log p(x) as K grows.
 
     .. math:: L_K = \mathbb E\Bigl[\log \frac1K \sum_{k=1}^K \frac{p(x \mid z_k)\,p(z_k)}{q(z_k \mid x)}\Bigr] \le \log p(x)
 
@@ -168,7 +168,7 @@ class LinearGaussian:
         var: σ², positive.
 
     Source:
-        | Probabilistic Principal Component Analysis (Tipping & Bishop, 1999), eq. 5-6 and 9
+        | Probabilistic Principal Component Analysis (Tipping & Bishop, 1999), section 3.1
 
     Example:
         >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
@@ -231,7 +231,7 @@ def principal(x: Tensor, latent: int, var: float) -> LinearGaussian:
         var: σ², or βσ².
 
     Source:
-        | Tipping & Bishop (1999), eq. 7; Don't Blame the ELBO! (Lucas et al., 2019), section 4
+        | Tipping & Bishop (1999), section 3.2 and appendix A; Don't Blame the ELBO! (Lucas et al., 2019)
 
     Example:
         >>> g = torch.Generator().manual_seed(0)

@@ -101,9 +101,11 @@ claim("line 4: log p(x) = ELBO + KL to the posterior", abs(fit - kl_prior + kl_p
 #
 # The first term keeps $q(z\mid x)$ close to the prior. The second asks that an image can be told from its code.
 #
-# As a KL is never negative, the ELBO is a *lower bound*: $\mathrm{ELBO} \le \log p(x)$, with equality exactly for $q = p(z\mid x)$.
+# As a KL is never negative, the ELBO is a *lower bound*: $\mathrm{ELBO} \le \log p(x)$, with equality exactly for $q = p(z\mid x)$. A simple family of $q$ may not contain the posterior; then its best member leaves a rest.
 #
-# *(The slide calls the expression it minimizes "ELBO". With the sign above it is −ELBO: what is minimized is an upper bound on $-\log p(x)$.)*
+# *(Beside the expression that is minimized the slide text reads "ELBO". With the sign above it is −ELBO: what is minimized is an upper bound on $-\log p(x)$.)*
+#
+# The decoder is trained on the same number. Written as $\log p_\theta(x) - \mathrm{KL}[q\Vert p_\theta(z\mid x)]$, where $\theta$ are the decoder's weights, the bound says what a step that raises it does: it raises the evidence, or it tightens the bound. This is a compromise. A decoder whose posteriors are nearly Gaussian is preferred to one that explains the data a little better.
 
 # %%
 best = (posterior * (p_x_given_z[:, x].log() + p_z.log() - posterior.log())).sum()
@@ -149,7 +151,10 @@ draws = log_ratio_at(mean + (log_var / 2).exp() * noise)
 exact = divergences.standard_kl(mean, log_var)
 count = torch.arange(1, len(draws) + 1)
 claim("Monte Carlo agrees, within four standard errors", abs(draws.mean() - exact) < 4 * draws.std() / len(draws) ** 0.5)
-claim("draws from p measure −KL(p‖q), another number", abs(-log_ratio_at(noise).mean() - exact) > 0.5)
+from_p = log_ratio_at(noise)  # the noise itself is a sample of p
+other = divergences.gaussian_kl(0 * mean[None], torch.eye(1).double(), mean[None], log_var.exp().reshape(1, 1))
+claim("draws from p measure −KL(p‖q), within four standard errors", abs(from_p.mean() + other) < 4 * from_p.std() / len(draws) ** 0.5)
+print(f"KL(q‖p) = {exact:.2f},  −KL(p‖q) = {-other:.2f}: even the sign differs")
 at = torch.unique(torch.logspace(1, 5, 200).long()) - 1
 lines = {"mean so far": draws.cumsum(0)[at] / count[at], "closed form": exact.expand(len(at))}
 plots.curves(count[at], lines, "draws from q", "KL in nats", logx=True, colors={"closed form": style.EXACT});
@@ -157,7 +162,11 @@ plots.curves(count[at], lines, "draws from q", "KL in nats", logx=True, colors={
 # %% [markdown]
 # The mean of the draws needs thousands of samples to settle; the closed form needs none. In training, every image gets *one* draw, so what can be had in closed form should be.
 #
-# Between two arbitrary Gaussians the formula gets two more parts, a trace and a shift. The two arguments do not commute:
+# Between two arbitrary Gaussians the four parts remain,
+#
+# $$D_{KL}(p\Vert q) = \tfrac12\Bigl((m_q-m_p)^\top C_q^{-1}(m_q-m_p) + \mathrm{tr}\,C_q^{-1}C_p - d + \log\tfrac{\det C_q}{\det C_p}\Bigr)$$
+#
+# in $d$ dimensions: $\mu^2$ has become a distance measured in $q$'s units, $\sigma^2$ a trace. The two arguments do not commute:
 
 # %%
 wide, narrow = 4 * torch.eye(2).double(), torch.eye(2).double()
@@ -168,6 +177,7 @@ print(f"KL(narrow ‖ wide) = {forward:.3f} nats,  KL(wide ‖ narrow) = {backwa
 theirs = torch.distributions.MultivariateNormal
 same = torch.distributions.kl_divergence(theirs(origin, narrow), theirs(there, wide))
 claim("the closed form is that of torch.distributions", abs(same - forward) < 1e-12)
+claim("swapped, it is another number", abs(forward - backward) > 0.1)
 
 # %% [markdown]
 # ### 1.3 What "~L2" means
@@ -182,6 +192,7 @@ claim("the closed form is that of torch.distributions", abs(same - forward) < 1e
 #    If it averages over pixels, it has assumed $\sigma^2 = D/2$: with 784 pixels, 392. The KL then weighs 784 times as much.
 # 2. **$\sigma^2$ as a knob.** Multiply everything by $2\sigma^2$: squared error $+\ 2\sigma^2\,\mathrm{KL}$. A fixed variance is the weight β of a β-VAE in disguise.
 # 3. **$\sigma^2$ fitted.** Set the derivative to zero: $\sigma^2 = \lVert x-\hat x\rVert^2/D$, the mean squared error. Then the term is $\frac D2\log(2\pi e\,\mathrm{MSE})$, a *logarithm* of the squared error.
+#    (For one image and one $z$. One $\sigma^2$ for all of them becomes the mean of the squared error over the data *and* over the draws of $z$.)
 
 # %%
 error, var, size = sympy.symbols("E s D", positive=True)  # squared error, variance, number of pixels
@@ -222,7 +233,7 @@ claim("the minimum lies at the mean squared error", abs(claimed[per_pixel.argmin
 #
 # $$p(x) = \mathcal N(b,\ WW^\top+\sigma^2 I),\qquad p(z\mid x) = \mathcal N\bigl(M^{-1}W^\top(x-b),\ \sigma^2M^{-1}\bigr),\qquad M = W^\top W+\sigma^2 I.$$
 #
-# For fixed $\sigma^2$, the $W$ that makes the data most probable is made of principal axes (`vae.principal`). This is a VAE whose encoder and decoder are linear. Its ELBO can be computed without sampling, for any Gaussian $q$:
+# For fixed $\sigma^2$, a $W$ that makes the data most probable is made of principal axes, the directions in which the data vary most (`vae.principal`). This is a VAE whose encoder and decoder are linear. Its ELBO can be computed without sampling, for any Gaussian $q$:
 
 # %%
 show_source(vae.LinearGaussian.terms)
@@ -242,6 +253,9 @@ to_posterior = divergences.gaussian_kl(mean, cov, *model.posterior(seen))
 claim("the gap of the bound is the KL to the posterior, to 1e-10", (gap - to_posterior).abs().max() < 1e-10)
 fit, kl = model.terms(seen, *model.posterior(seen))
 claim("q = posterior closes the gap, to 1e-10", (model.log_evidence(seen) - fit + kl).abs().max() < 1e-10)
+weight = model.weight.clone().requires_grad_()
+average = vae.LinearGaussian(weight, model.bias, model.var).log_evidence(small).mean()
+claim("no small change of W raises the mean evidence: its gradient is 0", torch.autograd.grad(average, weight)[0].abs().max() < 1e-8)
 
 # %% [markdown]
 # *Before you move the slider:* $q$ is the posterior with its standard deviation multiplied by a factor. At which factor does the gap close? Which costs more, half the deviation or twice the deviation?
@@ -288,11 +302,12 @@ def batch(step):
 
 def watch(fit):
     with torch.no_grad():
-        reconstruction, kl = live.terms(digits[:500], torch.zeros(500, 16))
+        reconstruction, kl = live.terms(digits[:500], fixed_eps)
     steps.append(fit.step)
     costs.append([-reconstruction.mean().item(), kl.sum(1).mean().item()])
 
 
+fixed_eps = torch.randn(500, 16, generator=g)
 torch.manual_seed(0)
 live, steps, costs = vae.ConvVAE(latent=16, width=16), [], []
 training.fit(live, vae.loss, batch, steps=training.scaled(cpu=120, gpu=5000), precision="float32", watch=watch, watch_every=8)
@@ -300,10 +315,11 @@ made, (left, right) = plots.panels(2, width=8.0, height=3.0)
 cost = torch.tensor(costs).T
 plots.curves(torch.tensor(steps), {"−log p(x | z)": cost[0]}, "training step", "nats", ax=left)
 plots.curves(torch.tensor(steps), {"KL": cost[1]}, "training step", "nats", ax=right)
-claim("the reconstruction term falls, and the KL rises", cost[0, -1] < cost[0, 0] and cost[1, -1] > cost[1, 0])
+claim("the reconstruction term falls", cost[0, -1] < 0.5 * cost[0, 0])
+claim("the KL ends well above its lowest value", cost[1, -1] > 1.3 * cost[1].min() and cost[1].argmin() < len(steps) - 3)
 
 # %% [markdown]
-# The KL rises. All that the decoder learns about the digit has to pass through $z$, and the KL is its price. It is worth paying as long as a nat of KL saves more than one in the other term.
+# The KL first falls, while the encoder has nothing to say yet, and then rises. All that the decoder learns about the digit has to pass through $z$, and the KL is its price. It is worth paying as long as a nat of KL saves more than one in the other term. (The left curve may well go below 0 later: a density can exceed 1.)
 #
 # The rest of this section uses a VAE that was trained for 6,000 steps (`dgm-course train mnist-vae`). First its reconstructions: encode a digit, decode the mean of $q$.
 
@@ -323,13 +339,13 @@ plots.rows([means, drawn], ["mean of p(x | z)", "drawn from p(x | z)"])
 
 # %% [markdown]
 # Reconstructions are good and a little soft. The samples in the first row are softer, and some are between two digits. Papers show this row. The second row is what the model really says: the mean *and* independent noise on every pixel.
-# A Gaussian with one variance cannot say "the stroke is here or there". Where it is unsure it answers with the mean of the two, and the mean of two sharp strokes is a blur.
+# A Gaussian with independent pixels cannot say "the stroke is here or there". Where it is unsure it answers with the mean of the two, and the mean of two sharp strokes is a blur.
 #
 # With two latents only, the whole latent space fits on a page (`dgm-course train mnist-vae-2d`). We decode a grid of points, spaced so that each cell has the same probability under the prior. *Before you look:* where will the ones be, and what lies between a 4 and a 9?
 
 # %%
 flatland = checkpoints.load("mnist-vae-2d")
-quantiles = torch.special.ndtri(torch.linspace(0.03, 0.97, 15))
+quantiles = torch.special.ndtri(torch.linspace(1 / 30, 29 / 30, 15))
 corners = torch.stack(torch.meshgrid(quantiles, quantiles.flip(0), indexing="xy"), -1).reshape(-1, 2)
 with torch.no_grad():
     tiles = flatland.decode(corners).reshape(15, 15, 28, 28).transpose(1, 2).reshape(15 * 28, 15 * 28)
@@ -349,21 +365,21 @@ right.set(xlabel="z₁", ylabel="z₂", title="where digits are encoded", xlim=(
 #
 # A latent costs KL. If using it saves less than it costs, the best thing to do with it is nothing: $q(z_i\mid x) = p(z_i)$ for every $x$, at a cost of 0. The latent has *collapsed*.
 #
-# The linear model says exactly when. Give the KL a weight $\beta$. Dividing $\lVert\cdot\rVert^2/2\sigma^2 + \beta\,\mathrm{KL}$ by $\beta$ shows that the best $W$ is that of a plain model with the variance $\beta\sigma^2$:
+# The linear model with a fixed $\sigma^2$ says exactly when. Give the KL a weight $\beta$ (Higgins et al., 2017). Dividing $\lVert\cdot\rVert^2/2\sigma^2 + \beta\,\mathrm{KL}$ by $\beta$ shows that the best $W$ is that of a plain model with the variance $\beta\sigma^2$ (Tipping and Bishop, 1999; Lucas et al., 2019):
 #
 # $$W = U\,(\Lambda-\beta\sigma^2 I)_+^{1/2}.$$
 #
-# $U$ are the principal axes of the data, and $\Lambda$ their variances $\lambda_i$. An axis with $\lambda_i \le \beta\sigma^2$ gets length 0: collapse is no accident of training, it is the optimum. And an axis in use carries, on average over the data, a KL of exactly $\frac12\log\frac{\lambda_i}{\beta\sigma^2}$:
+# $U$ are the principal axes of the data, and $\Lambda$ their variances $\lambda_i$. $(\cdot)_+$ replaces negative numbers by 0. An axis with $\lambda_i \le \beta\sigma^2$ gets length 0. Here collapse is no accident of training: it is the optimum. (In a deep VAE, training can also get stuck in a collapse that is not optimal.) And an axis in use carries, on average over the data, a KL of exactly $\frac12\log\frac{\lambda_i}{\beta\sigma^2}$:
 
 # %%
 beta_var = 0.8  # β·σ²
-model = vae.principal(flat, 40, beta_var)
+model = vae.principal(flat, 60, beta_var)
 mean, cov = model.posterior(flat)
 carried = divergences.standard_kl(mean, cov.diagonal().log().expand_as(mean)).mean(0)
 eigenvalues, eigenvectors = torch.linalg.eigh((flat - flat.mean(0)).T @ (flat - flat.mean(0)) / len(flat))
 all_variances, axes_of_data = eigenvalues.flip(0)[:64], eigenvectors.flip(1)[:, :64]
-predicted = 0.5 * (all_variances[:40] / beta_var).clamp(min=1).log()
-claim("KL of each latent = ½ log(λ / βσ²), and 0 below", (carried - predicted).abs().max() < 1e-8)
+predicted = 0.5 * (all_variances[:60] / beta_var).clamp(min=1).log()
+claim("KL of each latent = ½ log(λ / βσ²), and 0 below", (carried - predicted).abs().max() < 1e-8 and 0 in predicted)
 print("largest variances of the axes:", [round(v, 1) for v in all_variances[:4].tolist()])
 
 # %% [markdown]
@@ -406,9 +422,11 @@ plots.curves(beta, lines, "β", "latents in use, of 16", logx=True, colors={"lin
 #
 # ### 1.7 Importance weighting: a bound that tightens
 #
-# The ELBO is the mean of $\log w$ with $w = p(x\mid z)p(z)/q(z\mid x)$, while the evidence is the logarithm of the mean of the same $w$. The gap is Jensen's inequality. So average a few weights *before* taking the logarithm:
+# The ELBO is the mean, under $q$, of $\log w$ with $w = p(x\mid z)p(z)/q(z\mid x)$, while the evidence is the logarithm of the mean of the same $w$. The gap is Jensen's inequality. So average a few weights *before* taking the logarithm (Burda et al., 2016):
 #
 # $$L_K = \mathbb E\Bigl[\log\frac1K\sum_{k=1}^K \frac{p(x\mid z_k)\,p(z_k)}{q(z_k\mid x)}\Bigr],\qquad \mathrm{ELBO} = L_1 \le L_2 \le \dots \to \log p(x).$$
+#
+# The bounds never fall as $K$ grows. That they reach the evidence needs a condition, for example that $w$ is bounded, as it is for a $q$ wider than the posterior.
 #
 # Where the evidence is known, we can watch it arrive: the linear model on 7×7 digits, with a $q$ that has the right mean and twice the right deviation.
 
@@ -425,10 +443,13 @@ with torch.no_grad():
 evidence = model.log_evidence(seen).mean()
 lines = {"bound": bounds, "log p(x)": evidence.expand(len(powers))}
 plots.curves(torch.tensor(powers), lines, "K, draws for each digit", "nats", logx=True, colors={"log p(x)": style.EXACT})
-claim("512 draws come within 0.2 nats of the evidence; one is more than 5 below", evidence - bounds[-1] < 0.2 and evidence - bounds[0] > 5)
+claim("512 draws come within 0.2 nats of the evidence", evidence - bounds[-1] < 0.2)
+gap = 8 / 2 * (4 - 1 - math.log(4))  # of the ELBO, by the formula of section 1.4 for the factor 2 and 8 latents
+one_draw = torch.stack([vae.importance_bound(linear_vae, seen, eps[k : k + 1]) for k in range(100)]).mean(1)
+claim("one draw lacks 6.45 nats on average, as section 1.4 says", abs(evidence - one_draw.mean() - gap) < 4 * one_draw.std() / 10)
 
 # %% [markdown]
-# Most of the gap is gone after some dozens of draws. For the convolutional VAE the evidence is unknown, and $L_K$ is the best estimate that we have of it:
+# Most of the gap is gone after some dozens of draws. For the convolutional VAE the evidence is unknown, and the largest of these lower bounds is the tightest:
 
 # %%
 with torch.no_grad():
@@ -468,7 +489,9 @@ for ax, (mean, cov), name in zip(axes, candidates, "ABC", strict=True):
 #
 # $$-\mathbb E_p[\log q] = \tfrac12\log\det(2\pi C) + \tfrac12\,\mathbb E_p\bigl[(x-m)^\top C^{-1}(x-m)\bigr],$$
 #
-# which asks of $p$ nothing but its mean and covariance. Setting the derivatives to zero gives $m = \mathbb E_p[x]$ and $C = \mathrm{Cov}_p[x]$: **match the moments**. There is one minimum, in closed form. For a mixture the covariance is that *within* the components plus that *between* their means.
+# which asks of $p$ nothing but its mean and covariance. Setting the derivatives to zero gives $m = \mathbb E_p[x]$ and $C = \mathrm{Cov}_p[x]$: **match the moments**. Call this Gaussian $q^*$.
+#
+# It is the only minimum. As $\log q$ is quadratic in $x$, its mean under $p$ is its mean under $q^*$, which has the same moments. So for every Gaussian $q$ we have $D_{KL}(p\Vert q) = D_{KL}(p\Vert q^*) + D_{KL}(q^*\Vert q)$, and the last term is 0 for $q = q^*$ only. For a mixture the covariance is that *within* the components plus that *between* their means.
 
 # %%
 line = torch.linspace(-9, 9, 181, dtype=torch.float64)
@@ -485,7 +508,9 @@ covering = divergences.kl(p.log_prob(plane), log_normal(mean, root @ root.T), ce
 slope = torch.autograd.grad(covering, [mean, root])
 claim("at the moments of p both gradients vanish", all(s.abs().max() < 1e-6 for s in slope))
 others = [(p.mean + 0.3, p.cov), (p.mean, 1.3 * p.cov), (p.mean, 0.8 * p.cov), candidates[1], candidates[2]]
-claim("five other Gaussians are worse", all(divergences.kl(p.log_prob(plane), log_normal(m, c), cell) > covering for m, c in others))
+for m, c in others:
+    worse = divergences.kl(p.log_prob(plane), log_normal(m, c), cell) - covering
+    claim("another Gaussian is worse, by KL(q*‖q)", abs(worse - divergences.gaussian_kl(p.mean, p.cov, m, c)) < 1e-6)
 
 # %% [markdown]
 # So the answer to the first question is **A**. Why must it cover? Where $p(x) > 0$ and $q(x)\to0$, the ratio $\log p/q$ explodes. $D_{KL}(p\Vert q)$ punishes a $q$ that calls data impossible, and hardly minds one that puts mass where there are no data.
@@ -509,26 +534,29 @@ for start, (mean, cov, _) in zip(starts, found, strict=True):
 # %%
 on_mode = [bool((mean - means).norm(dim=1).min() < 0.05) for mean, *_ in found]
 values = torch.stack([value for *_, value in found])
-claim("four starts end on a component, two between them", sum(on_mode) == 4)
+claim("two starts end on each component, two between them", [int((mean - means).norm(dim=1).min() < 0.05 and mean[0] * side > 0) for side in (-1, 1) for mean, *_ in found].count(1) == 4 and sum(on_mode) == 4)
 claim("on a component the divergence is log 2, to 0.01", (values[on_mode] - math.log(2)).abs().max() < 0.01)
 claim("the end in between is a worse minimum", all(values[[not on for on in on_mode]] > 0.74))
+c_mean, c_cov = candidates[2]
+for_c = divergences.kl(log_normal(c_mean, c_cov), p.log_prob(plane), cell)
+claim("candidate C is worse than all of them", for_c > values.max() + 1)
 
 # %% [markdown]
 # Three ends, and the start decides. The two best are **B** and its mirror image, with the same divergence. Between the components lies a third, local minimum.
 # Where $q(x) > 0$ and $p(x)\to0$, now $\log q/p$ explodes: $D_{KL}(q\Vert p)$ punishes a $q$ that puts mass where there are no data, and hardly minds one that misses half of them.
 # Missing half costs just $\log 2 = 0.69$: on its mode $q$ is *twice* $p$, so $\log q/p \approx \log 2$ everywhere it looks.
 #
-# **Candidate C** is the answer to neither question. It combines both faults.
+# **Candidate C** is the answer to neither question.
 #
-# This is the VAE's divergence, between $q(z\mid x)$ and the posterior. If a digit could have come from two far-apart codes, a Gaussian $q$ picks one of them.
+# This is the VAE's divergence, between $q(z\mid x)$ and the posterior. If a digit could have come from two codes that lie far enough apart, a Gaussian $q$ picks one of them. And why not the other way round? $D_{KL}(p\Vert q)$ asks for draws from $p$, here the posterior, and those we do not have.
 #
 # ### 2.3 Jensen–Shannon, between the two
 #
-# Section 3 will show that a GAN aims at a third divergence. With $m = \frac12(p+q)$,
+# Section 3 will show that a GAN aims at a third divergence. With the mixture $\bar p = \frac12(p+q)$,
 #
-# $$JS(p,q) = \tfrac12 D_{KL}(p\Vert m) + \tfrac12 D_{KL}(q\Vert m)\ \le\ \log 2.$$
+# $$JS(p,q) = \tfrac12 D_{KL}(p\Vert \bar p) + \tfrac12 D_{KL}(q\Vert \bar p)\ \le\ \log 2.$$
 #
-# It is symmetric and never infinite, as $m$ is positive wherever $p$ or $q$ is. Does its best Gaussian cover or choose? We minimize it on the grid, from two starts: the covering answer, and a mode.
+# It is symmetric and never infinite, as $\bar p$ is positive wherever $p$ or $q$ is. Does its best Gaussian cover or choose? We minimize it on the grid, from two starts: the covering answer, and a mode.
 
 
 # %%
@@ -551,7 +579,8 @@ from_cover = nearest_js(p, plane, cell, p.mean, p.cov)
 from_mode = nearest_js(p, plane, cell, means[0], 0.6 * torch.eye(2).double())
 claim("two minima: one between the modes, one on a mode", from_cover[0].norm() < 0.01 and from_mode[0].norm() > 1)
 claim("the lower one lies between the modes", from_cover[2] < from_mode[2])
-claim("both are below log 2", max(from_cover[2], from_mode[2]) < math.log(2))
+far_apart = [log_normal(torch.tensor([side, 0.0]).double(), 0.3 * torch.eye(2).double()) for side in (-6.0, 6.0)]
+claim("two densities far apart: log 2, to 1e-6", abs(divergences.jensen_shannon(*far_apart, cell) - math.log(2)) < 1e-6)
 
 # %% [markdown]
 # Both kinds of answer are minima. For these modes the covering one is the better, so Jensen–Shannon sides with $D_{KL}(p\Vert q)$ here, while $D_{KL}(q\Vert p)$ has already chosen. It stands between the two.
@@ -609,7 +638,7 @@ claim("at 6 it is the better one", on_a_mode[12] < between[12])
 # %% [markdown]
 # The curve of the modes begins just below 5: closer together, a descent from a mode slides to the middle. From there to about 5.6 the middle is still better; beyond, choosing costs $\log 2$ and no more, while bridging the gap costs ever more.
 #
-# **What to keep.** Maximum likelihood, and with it flows and (through its bound) diffusion, covers: it may blur, it does not forget. A fit by $D_{KL}(q\Vert p)$ chooses: it may forget, it does not blur. Remember this when you compare samples of a VAE and of a GAN.
+# **What to keep.** Maximum likelihood, exact in flows and through a bound in VAE and diffusion, fits the *model* by $D_{KL}(p\Vert q)$: it is punished for what it forgets, and would rather blur. (The VAE holds both: its model is fitted to the data this way round, its $q(z\mid x)$ to the posterior the other way round.) A fit by $D_{KL}(q\Vert p)$ is punished for what it invents, and would rather forget. Section 3.3 says where a GAN stands.
 #
 # ## 3. GAN
 #
@@ -617,7 +646,7 @@ claim("at 6 it is the better one", on_a_mode[12] < between[12])
 #
 # ### 3.1 From cross-entropy to minimax
 #
-# A classifier is trained by binary cross-entropy, $-[y\log D + (1-y)\log(1-D)]$, with $y = 1$ for real and $y = 0$ for generated samples. Take the mean over both, and turn the sign:
+# A classifier is trained by binary cross-entropy, $-[y\log D + (1-y)\log(1-D)]$, with $y = 1$ for real and $y = 0$ for generated samples. Take the mean over the real ones and the mean over the generated ones, add them, and turn the sign:
 #
 # $$\max_D\ \mathbb E_{x\sim p_{\text{data}}}[\log D(x)] + \mathbb E_z[\log(1-D(G(z)))].$$
 #
@@ -634,15 +663,15 @@ claim("the saturating generator's loss is the slide's E[log(1 − D)]", abs(gan.
 # %% [markdown]
 # ### 3.2 The best discriminator
 #
-# Let $q$ be the density of generated samples. For each $x$ by itself, $D(x)$ should maximize $p\log D + q\log(1-D)$. The derivative $p/D - q/(1-D)$ is zero at
+# From here on $p$ is the density of the data and $q$ that of generated samples, if it has one. (A generator with 16 noise numbers and 784 pixels has none: its samples lie on a thin surface, and a perfect police tells everything apart. Noise on the samples gives it one, which is one reason for the remedy of section 3.4.) For each $x$ by itself, $D(x)$ should maximize $p\log D + q\log(1-D)$. The derivative $p/D - q/(1-D)$ is zero at
 #
 # $$D^*(x) = \frac{p(x)}{p(x)+q(x)},\qquad\text{that is}\qquad \ell^*(x) = \log p(x) - \log q(x).$$
 #
-# The best logit *is* the log-ratio of the densities: a discriminator is an estimate of a density ratio. Put it back, with $m = \frac12(p+q)$:
+# The best logit *is* the log-ratio of the densities: a discriminator is an estimate of a density ratio. Put it back, with $\bar p = \frac12(p+q)$:
 #
-# $$\mathbb E_p\Bigl[\log\frac{p}{2m}\Bigr] + \mathbb E_q\Bigl[\log\frac{q}{2m}\Bigr] = 2\,JS(p,q) - \log 4.$$
+# $$\mathbb E_p\Bigl[\log\frac{p}{2\bar p}\Bigr] + \mathbb E_q\Bigl[\log\frac{q}{2\bar p}\Bigr] = 2\,JS(p,q) - \log 4.$$
 #
-# So against a perfect police, the faker minimizes the Jensen–Shannon divergence.
+# So against a perfect police, a faker who minimizes the slide's loss minimizes the Jensen–Shannon divergence. (All this is for as many real samples as generated ones; homework 1 asks about other shares.)
 
 # %%
 p_x, q_x, D = sympy.symbols("p q D", positive=True)
@@ -692,34 +721,37 @@ claim("training reaches the best value to 0.01 from below", 0 <= value - reached
 #
 # $$\frac{d}{d\ell}\log(1-D) = -D\ \to\ 0,\qquad\qquad \frac{d}{d\ell}(-\log D) = -(1-D)\ \to\ -1.$$
 #
-# The slide's loss *saturates*: the worse the fake, the smaller the gradient. Minimizing $-\log D$ instead has the same aim and a gradient where it is needed. This is the *non-saturating* loss.
+# The slide's loss *saturates*: the worse the fake, the smaller the gradient. Minimizing $-\log D$ instead has the same end, $q = p$, and a gradient where it is needed. This is the *non-saturating* loss.
 #
-# Measured: data are $\mathcal N(0,1)$, the generator draws $m + z$, and the police is perfect. How strongly is $m$ pulled back, as a function of its distance?
+# It no longer aims at Jensen–Shannon. Write $-\log D = \bigl[\log(1-D)-\log D\bigr] - \log(1-D)$. At the best $D$ the bracket is $\log q/p$, so the generator's gradient is that of $D_{KL}(q\Vert p) - 2\,JS(p,q)$ (Arjovsky and Bottou, 2017). In the sense of section 2, it leans to the side that chooses.
+#
+# Measured: data are $\mathcal N(0,1)$, the generator draws $a + z$, and the police is perfect. How strongly is $a$ pulled back, as a function of its distance? Here $D_{KL}(q\Vert p) = a^2/2$ has the gradient $a$, so the two pulls must add up to $a$.
 
 # %%
 places = torch.linspace(-8, 8, 1601, dtype=torch.float64)  # of the generator's noise, with its probabilities
 weights = (-0.5 * places**2).softmax(0)
 
 
-def pull(m, saturating):
-    m = torch.tensor(m).double()
-    shift = m.clone().requires_grad_()  # the generator's parameter; the police knows m, but does not move with it
+def pull(a, saturating):
+    a = torch.tensor(a).double()
+    shift = a.clone().requires_grad_()  # the generator's parameter; the police knows a, but does not move with it
     x = shift + places
-    fake = gan.optimal_logit(-0.5 * x**2, -0.5 * (x - m) ** 2)
+    fake = gan.optimal_logit(-0.5 * x**2, -0.5 * (x - a) ** 2)
     each = -softplus(fake) if saturating else softplus(-fake)
     return torch.autograd.grad(weights @ each, shift)[0].abs()
 
 
 away = torch.linspace(0.25, 8, 60)
-lines = {name: torch.stack([pull(m.item(), s) for m in away]) for name, s in [("log(1 − D)", True), ("−log D", False)]}
-plots.curves(away, lines, "distance m of the fakes from the data", "gradient that pulls m back", logy=True);
+lines = {name: torch.stack([pull(a.item(), s) for a in away]) for name, s in [("log(1 − D)", True), ("−log D", False)]}
+plots.curves(away, lines, "distance a of the fakes from the data", "gradient that pulls a back", logy=True);
 claim("near the data both pull alike", abs(lines["log(1 − D)"][0] / lines["−log D"][0] - 1) < 0.1)
 claim("at distance 8 the slide's loss has lost its pull", lines["log(1 − D)"][-1] < 1e-3 and lines["−log D"][-1] > 5)
+claim("the two pulls add up to a, the gradient of KL(q‖p)", (lines["log(1 − D)"] + lines["−log D"] - away).abs().max() < 1e-4)
 
 # %% [markdown]
-# Close to the data the two are the same. Far away, the saturating gradient falls like a Gaussian tail, and the other grows with the distance. Everyone trains with the second.
+# Close to the data the two are the same. Far away, the saturating gradient falls like a Gaussian tail, and the other grows with the distance. Of the two, practice uses the second.
 #
-# > **Spot the bug.** A training loop computes `fake = G(z)` and updates the discriminator by `discriminator_loss(D(real), D(fake))`, then the generator. The fakes are never detached. What does the discriminator's loss do to the generator? *(Its gradient reaches $G$, and pulls it towards fakes that are easy to tell. `gan.loss` cuts that path with one `detach`.)*
+# > **Spot the bug.** One optimizer holds the weights of both players, and steps on `discriminator_loss(D(real), D(G(z))) + generator_loss(D(G(z)))`. Nothing is detached. What does the first loss do to the generator, and the second to the discriminator? *(Each pulls the other player against its own aim: the faker towards fakes that are easy to tell, the police towards believing them. `gan.loss` cuts one path with `detach`, and the other by holding the discriminator's weights constant.)*
 
 # %%
 show_source(gan.loss)
@@ -727,11 +759,13 @@ show_source(gan.loss)
 # %% [markdown]
 # ### 3.4 Mode collapse
 #
-# The generator is paid for fooling the police *now*. If all its samples land on one mode of the data, and the police has not noticed yet, that is a success. Then the police learns, and the faker moves to the next mode. Nothing in the game asks it to cover all of them.
+# The generator is paid for fooling the police *now*. If all its samples land on one mode of the data, and the police has not noticed yet, that is a success. Then the police learns, and the faker moves to the next mode.
 #
-# The classic test is a ring of eight Gaussians. *How many of them will the generator find?* Beside the plain GAN we try a remedy: **add noise to what the police sees**, real and fake alike, much at first and none at the end. Under noise the eight islands merge into one, and there is no mode to hide in.
+# Against a police that stands still, the best move is to put every sample on the one point where $D$ is largest. Only a police that is at its best *at every moment* makes the faker cover all modes. In training the two move at the same time, each against the other's last position, and that safeguard is lost.
 #
-# One run proves little, as the game is chaotic. So we play six at once: `Players` is a stack of six independent networks, three games without noise and three with.
+# The classic test is a ring of eight Gaussians. *How many of them will the generator find?* Beside the plain GAN we try a remedy: **add noise to what the police sees**, real and fake alike, much at first and none at the end (*instance noise*, Sønderby et al., 2017). Under noise the eight islands merge into one closed ring, and there is no mode to hide in.
+#
+# One run says little, as the game is chaotic. So we play six at once: `Players` is a stack of six independent networks, three games without noise and three with. (Three against three is a hint, no proof. Change the seed and play again.)
 
 
 # %%
@@ -778,16 +812,17 @@ training.fit(model, play, deal, steps=games, precision="float32", **plain_adam)
 with torch.no_grad():
     fakes = model.generator(torch.randn(6, 2000, 2, generator=torch.Generator().manual_seed(1)))
 distance, nearest = (fakes[:, :, None] - ring.means).norm(dim=3).min(2)
+near = (distance < 0.8).double().mean(1).tolist()
 served = [int((torch.bincount(n[d < 0.8], minlength=8) >= 80).sum()) for d, n in zip(distance, nearest, strict=True)]
 made, axes = plots.panels(3, 2, width=9.0, height=6.0, share=True)
-for ax, x, count, name in zip(axes, fakes, served, ["plain"] * 3 + ["noise at first"] * 3, strict=True):
+for ax, x, count, share, name in zip(axes, fakes, served, near, ["plain"] * 3 + ["noise at first"] * 3, strict=True):
     ax.plot(*x[:600].T, ".", markersize=3, alpha=0.5, color=style.MODEL)
     ax.plot(*ring.means.T, "o", markersize=9, markerfacecolor="none", color=style.DATA)
-    ax.set(title=f"{name}: {count} of 8", xlim=(-12, 12), ylim=(-12, 12), aspect="equal")
+    ax.set(title=f"{name}: {count} of 8, {share:.0%} near one", xlim=(-12, 12), ylim=(-12, 12), aspect="equal")
 claim("three games without noise serve fewer modes than three with", sum(served[:3]) < sum(served[3:]))
 
 # %% [markdown]
-# In orange the generator's samples, as circles the eight modes; the title counts the modes that get at least 4 % of the samples (a fair share is 12.5 %). Without noise each game ends on one or two modes, with tails on the way to the next. With noise at first it serves about three. That is better, and far from cured: this is what people mean when they call GANs hard to train.
+# In orange the generator's samples, as circles the eight modes. The titles count the modes that get at least 4 % of the samples (a fair share is 12.5 %), and the samples that lie near a mode at all. Without noise a game ends on one to three modes, with noise on three or four. But look between the circles: in both rows about half of the samples belong to no mode. It is a help, and far from a cure. This is what people mean when they call GANs hard to train.
 #
 # Keep the remedy in mind. *Blur the data with noise until the problem is easy, then take the noise away* is, in one sentence, the idea of the next lectures.
 #
@@ -801,9 +836,9 @@ fakes = faker.sample(40, generator=g)
 plots.grid(fakes, columns=10)
 
 # %% [markdown]
-# Sharp strokes, no blur, and here and there a shape that is no digit. The blur is gone because no pixel-wise error was ever computed.
+# Sharp strokes, no blur, and here and there a shape that is no digit. No pixel-wise error was computed, so nothing pays for the mean of two strokes.
 #
-# Did it forget modes? We ask a classifier how often each class comes.
+# Did it forget whole classes? We ask a classifier how often each one comes. (It may still forget ways of writing a digit; the recall of section 4 sees those.)
 
 # %%
 judge = checkpoints.load("mnist-classifier")
@@ -821,9 +856,9 @@ claim("every class comes up", share.min() > 0.02)
 #
 # ## 4. Why diffusion?
 #
-# The lecture names two benefits of diffusion models: high quality, and stable training compared to a GAN. The price is speed. Let us measure all three, on the same data. We train a VAE, a GAN and a small diffusion model of about equal size for about equal time, four seeds each (`dgm-course train mnist-generators`).
+# The lecture names two benefits of diffusion models: high quality, and stable training compared to a GAN. The price is speed. Let us measure all three, on the same data. We train a VAE, a GAN and a small diffusion model, each of 200 to 300 thousand weights and for about 130 seconds of one core, from four seeds (`dgm-course train mnist-generators`).
 #
-# *Quality* is the Fréchet distance of the samples to real digits (lower is better), on the features of a classifier; notebook 04 says what it is. *Precision* is the share of samples that look real, *recall* the share of real digits that could have been generated. *Stability* is the spread over seeds. Before you look: rank the three in each column.
+# *Quality* is the Fréchet distance of the samples to real digits (lower is better), on the features of a classifier; notebook 04 says what it is. *Precision* is the share of samples whose features lie close to those of real digits, *recall* the share of real digits with features close to those of samples. *Stability* has two sides: the spread over four seeds, and what happens when nobody tunes the optimizer. The VAE and the diffusion model share one setting of AdamW. The GAN's own setting was searched for (a smaller step, no momentum); the fourth row gives it that of the others. (It is the GAN of section 3.5 with fewer noise numbers and without the penalty.) *Before you look:* rank them in each column.
 
 # %%
 table = tables.load("mnist-generators")
@@ -835,20 +870,21 @@ def column(kind, name):
     return torch.tensor([row[name] for row in rows[kind]])
 
 
-print(f"{'':>10}  Fréchet distance   precision   recall   seconds for 1000")
+print(f"{'':>15}  Fréchet distance   precision   recall   seconds for 1000")
 for kind in rows:
     distance = column(kind, "Fréchet distance")
     spread = f"{distance.mean():.2f} ({distance.min():.2f}–{distance.max():.2f})"
     others = [column(kind, name).mean().item() for name in ("precision", "recall", "seconds for 1000 samples")]
-    print(f"{kind:>10}  {spread:>16}   {others[0]:9.2f}   {others[1]:6.2f}   {others[2]:16.2f}")
-print(f"{'real':>10}  {floor:>16.2f}")
+    print(f"{kind:>15}  {spread:>16}   {others[0]:9.2f}   {others[1]:6.2f}   {others[2]:16.2f}")
+print(f"{'real':>15}  {floor:>16.2f}")
 
 # %%
 made, axes = plots.panels(3, width=9.6, height=3.0)
 for ax, name in zip(axes, ["Fréchet distance", "recall", "seconds for 1000 samples"], strict=True):
     for place, kind in enumerate(rows):
         ax.plot([place] * len(rows[kind]), column(kind, name), "o", color=f"C{place}")
-    ax.set(xticks=range(3), xticklabels=list(rows), ylabel=name, xlim=(-0.5, 2.5))
+    ax.set(xticks=range(len(rows)), ylabel=name, xlim=(-0.5, len(rows) - 0.5))
+    ax.set_xticklabels([kind.replace(", ", ",\n") for kind in rows], rotation=30)
 axes[0].set(yscale="log")
 axes[2].set(yscale="log")
 
@@ -862,10 +898,10 @@ axes[2].set(yscale="log")
 # 1. **Forward:** add Gaussian noise, a little at a time. Objective: turn the complex distribution of clean data into a simple one.
 # 2. **Reverse:** remove noise, a little at a time. Objective: turn a sample of noise into a new sample of data.
 #
-# On the ring of section 3.4, the ideal reverse process is known exactly, so we can watch both without training anything.
+# On the ring of section 3.4, drawn five times smaller, the ideal reverse process is known exactly, so we can watch both without training anything.
 
 # %%
-path, islands = paths.Cosine(), toy.ring(8, radius=1.6, std=0.05)
+path, islands = paths.Cosine(), toy.ring(8, radius=1.6, std=0.04)
 points = islands.sample(600, g)
 levels = [0.0, 0.1, 0.25, 0.5, 1.0]
 there = [path.perturb(points, t, torch.randn(600, 2, generator=g)) for t in levels]
@@ -880,22 +916,22 @@ found = torch.bincount((states[-1][:, None] - islands.means).norm(dim=2).argmin(
 claim("all eight modes are found, each with its share", (found / 600 - 1 / 8).abs().max() < 0.06)
 
 # %% [markdown]
-# Upper row: data turn into noise. Lower row, from left to right: noise turns into data, and every mode gets its share. No player had to be fooled, and no density was cut down to one Gaussian. Each small step is an easy problem. That is what the rest of the course is about.
+# Upper row: data turn into noise. Lower row, from left to right: noise turns into data, and every mode gets its share. No player had to be fooled, and no density was cut down to one Gaussian. Each small step is an easy problem. (Here the step was given, not learned, so this shows what the method aims at. What a trained one keeps is in the recall above.) That is what the rest of the course is about.
 #
 # ## 5. Recap
 #
-# - $\log p(x) = \mathrm{ELBO} + \mathrm{KL}[q\Vert p(z\mid x)]$, for every $q$. The gap of the bound *is* the KL, and the best $q$ closes it.
-# - "~L2" is the squared error over $2\sigma^2$. The variance decides how much the KL weighs, and the best one is the mean squared error.
-# - A latent is used if it saves more than it costs. In the linear model: if $\lambda_i > \beta\sigma^2$. Otherwise it collapses, and that is the optimum.
+# - $\log p(x) = \mathrm{ELBO} + \mathrm{KL}[q\Vert p(z\mid x)]$, for every $q$. The gap of the bound *is* the KL; it closes only for $q$ = posterior, which a simple family may not contain.
+# - "~L2" is the squared error over $2\sigma^2$. The variance decides how much the KL weighs, and the best one is the mean squared error, over data and draws of $z$.
+# - A latent is used if it saves more than it costs. In the linear model with fixed $\sigma^2$: exactly if $\lambda_i > \beta\sigma^2$. Otherwise it collapses, and that is the optimum.
 # - $D_{KL}(p\Vert q)$ covers, by matching moments. $D_{KL}(q\Vert p)$ chooses, and the start decides. They agree while one Gaussian is nearly right.
 # - A discriminator's logit estimates $\log p - \log q$. At its best the game's value is $2JS-\log4$.
-# - $-\log D$ pulls where $\log(1-D)$ has lost its gradient.
+# - $-\log D$ pulls where $\log(1-D)$ has lost its gradient, and aims at $D_{KL}(q\Vert p) - 2JS$ instead of $2JS$.
 #
 # **Pitfalls**
 #
 # - The arguments of a KL do not commute. Say which is which, and from which one the samples come.
 # - $\sigma$, $\sigma^2$ or $\log\sigma^2$? Encoders give $\log\sigma^2$; the draw needs $\sigma = e^{\frac12\log\sigma^2}$.
-# - A mean over pixels beside a sum over latents makes the KL $D$ times too heavy, and the posterior collapses.
+# - A mean over pixels beside a sum over latents makes the KL 784 times heavier than with $\sigma^2 = \frac12$. On these digits, whose largest variance along an axis is 21 and not 392, all of the linear model's latents collapse.
 # - Detach the fakes in the discriminator's loss; freeze the discriminator in the generator's.
 # - A GAN's loss curve says nothing about the samples. Look at samples, and at how many modes they cover.
 #
@@ -910,6 +946,7 @@ claim("all eight modes are found, each with its share", (found / 600 - 1 / 8).ab
 # - Rybkin, Daniilidis, Levine: [*Simple and Effective VAE Training with Calibrated Decoders*](https://arxiv.org/abs/2006.13202), 2021. The variance fitted.
 # - Burda, Grosse, Salakhutdinov: [*Importance Weighted Autoencoders*](https://arxiv.org/abs/1509.00519), 2016.
 # - Goodfellow and others: [*Generative Adversarial Nets*](https://arxiv.org/abs/1406.2661), 2014.
+# - Arjovsky, Bottou: [*Towards Principled Methods for Training Generative Adversarial Networks*](https://arxiv.org/abs/1701.04862), 2017. What $-\log D$ aims at.
 # - Sønderby, Caballero, Theis, Shi, Huszár: [*Amortised MAP Inference for Image Super-resolution*](https://arxiv.org/abs/1610.04490), 2017. Noise for the discriminator.
 # - Mescheder, Geiger, Nowozin: [*Which Training Methods for GANs do actually Converge?*](https://arxiv.org/abs/1801.04406), 2018. The gradient penalty.
 # - Sohl-Dickstein, Weiss, Maheswaranathan, Ganguli: [*Deep Unsupervised Learning using Nonequilibrium Thermodynamics*](https://arxiv.org/abs/1503.03585), 2015.
