@@ -32,7 +32,7 @@
 # | 6 | `generator_gradient` | 3 | ●●●○○ | 20 |
 # | | | **20** | | **125** |
 #
-# **Symbols**, the same in all six: the encoder's answer to an image $x$ is a *code*, $q(z\mid x) = \mathcal N(m, \mathrm{diag}\,s^2)$ (section 1.2 of the notebook has $\mu$ and $\sigma$ for $m$ and $s$); $\sigma^2$ is the variance of the decoder's $p(x\mid z)$; $\ell$ is a discriminator's logit, and $D = \mathrm{sigmoid}(\ell)$ its probability of "real". All divergences are in nats. You need pen and paper for 2, 4, 5 and 6.
+# **Symbols** are those of the notebook: the encoder answers to an image $x$ with $q(z\mid x) = \mathcal N(m, \mathrm{diag}\,s^2)$, and here we call this whole distribution the *code* of $x$; $\sigma^2$ is the variance of the decoder's $p(x\mid z)$; $\ell$ is a logit, of a pixel in exercise 3 and of a discriminator in 5 and 6, where $D = \mathrm{sigmoid}(\ell)$ is its probability of "real". All divergences are in nats. You need pen and paper for 2, 4, 5 and 6.
 
 # %% [markdown]
 # ## How it works
@@ -88,7 +88,7 @@ def as_images(x: Tensor) -> Tensor:
 # %% [markdown]
 # ## 1. A prior of one's own (2 points)
 #
-# ●○○○○ · 10 minutes · read again: section 1.2 of the notebook
+# ●○○○○ · 10 minutes · read again: sections 1.2 and 2.1 of the notebook
 #
 # A VAE's prior need not be $\mathcal N(0, I)$. If the label is known, each class can have a prior of its own, which lies where its codes are. And in a VAE with several layers of latents, the "prior" of one layer is what the layer above predicts. So let the prior be any Gaussian with independent latents, $p(z) = \mathcal N(c, \mathrm{diag}\,\tau^2)$.
 #
@@ -155,7 +155,7 @@ if hw.check(kl_to_prior):
 # %% [markdown]
 # ## 2. What "~L2" leaves out (3 points)
 #
-# ●●○○○ · 15 minutes · read again: section 1.3 of the notebook
+# ●●○○○ · 15 minutes · read again: sections 1.3 and 1.6 of the notebook
 #
 # Beside the term $-\mathbb E_q[\log p(x\mid z)]$ the slide reads "~L2". For a Gaussian decoder, $p(x\mid z) = \mathcal N(\hat x, \sigma^2 I)$, it *is* the squared error, up to a factor and a constant. Both depend on $\sigma$, so $\sigma$ decides how much the squared error weighs beside the KL. Nobody has to guess it: for given reconstructions there is one best $\sigma^2$, the one that makes the images of the batch most probable ([Rybkin et al., 2021](https://arxiv.org/abs/2006.13202)).
 #
@@ -230,15 +230,15 @@ if hw.check(reconstruction_nats):
 #
 # For images with pixels 0 and 1 a Gaussian decoder makes no sense; each pixel is a coin. The decoder gives its logit, here by a linear map:
 #
-# $$p(x\mid z) = \prod_i D_i^{x_i}(1-D_i)^{1-x_i},\qquad D = \mathrm{sigmoid}(\ell),\qquad \ell = Wz+b.$$
+# $$p(x\mid z) = \prod_i \hat x_i^{x_i}(1-\hat x_i)^{1-x_i},\qquad \hat x = \mathrm{sigmoid}(\ell),\qquad \ell = Wz+b.$$
 #
 # With $K$ draws of $z$ from the encoder's $q(z\mid x)$ there is a bound that is tighter than the ELBO ([Burda et al., 2016](https://arxiv.org/abs/1509.00519)):
 #
-# $$L_K = \log\frac1K\sum_{k=1}^K\frac{p(x\mid z_k)\,p(z_k)}{q(z_k\mid x)},\qquad z_k = m+s\,\epsilon_k,\qquad \mathbb E\,L_K\le\log p(x).$$
+# $$\hat L_K = \log\frac1K\sum_{j=1}^K\frac{p(x\mid z_j)\,p(z_j)}{q(z_j\mid x)},\qquad z_j = m+s\,\epsilon_j,\qquad \mathbb E\,\hat L_K = L_K\le\log p(x).$$
 #
 # An image of 784 pixels has a probability around $e^{-200}$, which is 0 in float32. So the formula cannot be computed as it stands.
 #
-# **Write** `bernoulli_bound(x, mean, log_var, eps, weight, bias)`, which gives $L_K$ for each image, for the prior $p(z) = \mathcal N(0, I)$.
+# **Write** `bernoulli_bound(x, mean, log_var, eps, weight, bias)`, which gives $\hat L_K$ for each image, for the prior $p(z) = \mathcal N(0, I)$.
 #
 # - `x`: (B, D), zeros and ones. `mean`, `log_var`: $m$ and $\log s^2$ of each image's code, (B, k). `eps`: the draws $\epsilon$, (K, B, k). `weight`, `bias`: $W$, (D, k), and $b$, (D,).
 # - Returns `bound`: (B,), in nats. It must be finite wherever logits are a few hundred large, of either sign.
@@ -252,13 +252,13 @@ if hw.check(reconstruction_nats):
 #
 # <details><summary>Hint 2</summary>
 #
-# $\log D = -\log(1+e^{-\ell})$ and $\log(1-D) = -\log(1+e^{\ell})$. Show that $x\log D+(1-x)\log(1-D) = x\ell-\log(1+e^\ell)$. PyTorch has the last function under the name `softplus`, and its version does not overflow.
+# $\log\hat x = -\log(1+e^{-\ell})$ and $\log(1-\hat x) = -\log(1+e^{\ell})$. Show that $x\log\hat x+(1-x)\log(1-\hat x) = x\ell-\log(1+e^\ell)$. PyTorch has the last function under the name `softplus`, and its version does not overflow.
 #
 # </details>
 
 
 # %% [markdown]
-# *For the figure only.* It needs a VAE for black-and-white digits. `fit` trains one with two latents and a linear encoder, in a few seconds. Its loss is $-L_1$, by your function. With two latents the evidence $\log p(x)$ can be had as well: by adding up $p(x\mid z)\,p(z)$ over a fine grid.
+# *For the figure only.* It needs a VAE for black-and-white digits. `fit` trains one with two latents and a linear encoder, in a few seconds. Its loss is $-\hat L_1$, by your function. With two latents the evidence $\log p(x)$ can be had as well: by adding up $p(x\mid z)\,p(z)$ over a fine grid.
 
 
 # %%
@@ -330,15 +330,15 @@ if hw.check(bernoulli_bound):
 # **Question.** The rise of the line in the figure is no matter of luck: with the same draws, in larger groups, it cannot fall. Why?
 #
 # <!-- BEGIN SOLUTION -->
-# Let $a$ and $b$ be the mean weights of two groups of $K$. For the group of $2K$ that they form together, the mean weight is $\frac12(a+b)$. The logarithm is concave, so $\log\frac12(a+b)\ge\frac12(\log a+\log b)$: the value of the joint group is at least the mean of the two values. With equality only if $a = b$. This is Jensen's inequality, the same step that made the ELBO a bound, and in expectation it gives $\mathbb E L_1\le\mathbb E L_K\le\mathbb E L_{2K}\le\log p(x)$.
+# Let $a$ and $b$ be the mean weights of two groups of $K$. For the group of $2K$ that they form together, the mean weight is $\frac12(a+b)$. The logarithm is concave, so $\log\frac12(a+b)\ge\frac12(\log a+\log b)$: the value of the joint group is at least the mean of the two values. With equality only if $a = b$. This is Jensen's inequality, the same step that made the ELBO a bound, and in expectation it gives $L_1\le L_K\le L_{2K}\le\log p(x)$.
 # <!-- END SOLUTION -->
 
 # %% [markdown]
 # ## 4. What independent latents cost (4 points)
 #
-# ●●●●○ · 35 minutes · read again: sections 1.4, 2.1 and 2.2 of the notebook
+# ●●●●○ · 35 minutes · read again: sections 1.2, 1.4, 2.1 and 2.2 of the notebook
 #
-# An encoder gives each latent a mean and a variance, and no correlations: $q$ is a Gaussian with a *diagonal* covariance. The true posterior $p(z\mid x)$ as a rule is none. How close can $q$ come, and which variances does it get? That depends on which of the two KL divergences is made small. This is the lecture's question about framing, and for Gaussians it has an exact answer.
+# An encoder gives each latent a mean and a variance, and no correlations: $q$ is a Gaussian with a *diagonal* covariance. The true posterior $p(z\mid x)$ as a rule has correlations. How close can $q$ come, and which variances does it get? That depends on which of the two KL divergences is made small. This is the lecture's question about framing, and for Gaussians it has an exact answer.
 #
 # Let $p = \mathcal N(m, C)$ with any covariance $C$, and $q = \mathcal N(m, \mathrm{diag}(v_1,\dots,v_k))$. (The best mean is that of $p$ in both directions.)
 #
@@ -437,7 +437,7 @@ if hw.check(nearest_diagonal):
 # %% [markdown]
 # ## 5. A divergence from a discriminator (4 points)
 #
-# ●●●○○ · 20 minutes · read again: sections 3.1 and 3.2 of the notebook
+# ●●●○○ · 20 minutes · read again: sections 2.3, 3.1 and 3.2 of the notebook
 #
 # The best discriminator has the logit $\log p(x)-\log q(x)$, where $p$ is the density of the real samples and $q$ that of the generated ones. So a trained discriminator tells how far $q$ is from $p$, though nobody knows either of them. But the formula supposes that it saw as many real samples as generated ones. Suppose a share $\pi$ of what it saw was real, and it minimized the cross-entropy over all of it. (Real data are scarce, generated samples are not.)
 #

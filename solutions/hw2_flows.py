@@ -183,7 +183,7 @@ def ridges_log_prob(x):
 # %% [markdown]
 # ## 1. A bent Gaussian (2 points)
 #
-# ●○○○○ · 15 minutes · read again: sections 1.1 and 1.3 of the notebook
+# ●○○○○ · 15 minutes · read again: sections 1.1, 1.3 and 1.4 of the notebook
 #
 # Two numbers are enough to give a Gaussian a lean and other tails. The map
 #
@@ -258,9 +258,9 @@ if hw.check(sinh_arcsinh_log_prob):
 # %% [markdown]
 # ## 2. Couplings that take turns (3 points)
 #
-# ●●○○○ · 20 minutes · read again: sections 2.1 and 2.2 of the notebook
+# ●●○○○ · 20 minutes · read again: sections 1.4, 2.1 and 2.2 of the notebook
 #
-# The notebook's couplings use a mask on points of full size. Many programs cut the point in two instead: the places 0, 2, 4, … and the places 1, 3, 5, …. That saves half of the work, but the two parts must then go back to where they came from. Three public flow libraries had a bug around this one step or the next: parts joined in another order than they were cut, the network of another layer, the sign of the log-determinant.
+# The notebook's couplings use a mask on points of full size. Many programs cut the point in two instead: the places 0, 2, 4, … and the places 1, 3, 5, …. That saves half of the work, but the two parts must then go back to where they came from. Three public flow libraries had a bug in such a chain: parts joined in another order than they were cut, the network of another layer, the sign of the log-determinant.
 #
 # **Write** `coupling_chain(v, nets, direction)`, a chain of such couplings. Layer $i$, counted from 0, keeps the even places if $i$ is even, and the odd places if $i$ is odd. With the network's $s, t$ of the part that stays, forward is
 #
@@ -340,13 +340,13 @@ if hw.check(coupling_chain):
 #
 # A pixel is one of $L$ grey levels, $k\in\{0,\dots,L-1\}$, and a flow is a density of real numbers. Between them stand the noise $u$ that fills a level's cell, and the logit that fills the line:
 #
-# $$y = \frac{k+u}{L},\qquad p = \lambda+(1-2\lambda)\,y,\qquad \ell = \log\frac{p}{1-p},\qquad z = (\ell-\mu)\,e^{-s}.$$
+# $$y = \frac{k+u}{L},\qquad v = \lambda+(1-2\lambda)\,y,\qquad \ell = \log\frac{v}{1-v},\qquad z = (\ell-\mu)\,e^{-s}.$$
 #
 # The last step is the simplest flow there is: a shift and a scale for each pixel, with $z$ standard normal. The probability of an image is the mean density of $y$ over its cell, times the volume of the cell:
 #
 # $$P(k) = \mathbb E_u\,[p(y)]\;L^{-D}\qquad\text{is estimated by}\qquad \frac1S\sum_{j=1}^S p(y^{(j)})\;L^{-D},$$
 #
-# where $y^{(j)}$ has the $j$-th draw of the noise and $p(y)$ is the density of the **whole** image, the product over its $D$ pixels. The bits of it are an upper bound on average, by Jensen, as for the VAE with several draws. For $S = 1$ it is the notebook's.
+# where $y^{(j)}$ has the $j$-th draw of the noise and $p(y)$ is the density of the **whole** image, the product over its $D$ pixels. On average over the noise, $-\log_2$ of the estimate lies above the true bits, by Jensen, as for the VAE with several draws (section 1.7 of notebook 01). For $S = 1$ it is that of section 4.3.
 #
 # **Write** `image_bits(k, noise, levels, margin, loc, log_scale)`, that bound in **bits per dimension**.
 #
@@ -418,7 +418,7 @@ if hw.check(image_bits):
 # %% [markdown]
 # ## 4. What leaves early (4 points)
 #
-# ●●●○○ · 25 minutes · read again: section 2.4 of the notebook
+# ●●●○○ · 25 minutes · read again: sections 2.1, 2.2 and 2.4 of the notebook
 #
 # In the notebook's multi-scale flow, half of the channels leave early and are standard normal from there on. [Glow](https://arxiv.org/abs/1807.03039) does better: what leaves is a Gaussian whose mean and scale depend on what stays. In a digit this is a lot to know, since a pixel is much like its neighbours.
 #
@@ -576,19 +576,19 @@ if hw.check(ridge):
 # %% [markdown]
 # ## 6. Small steps (4 points)
 #
-# ●●●●○ · 35 minutes · read again: sections 1.3 and 5 of the notebook
+# ●●●●○ · 35 minutes · read again: sections 1.2, 1.3 and 2.5 of the notebook
 #
-# So far layers were made so that their determinants are cheap. There is another way: layers that hardly do anything, and many of them. Take any field $f$ and walk along it for one unit of time in K steps,
+# So far layers were made so that their determinants are cheap. There is another way: layers that hardly do anything, and many of them. Take any field $v$, which says at each point how fast to move and where to, and walk along it for one unit of time in K steps,
 #
-# $$x_{i+1} = x_i+h\,f(x_i),\qquad h = 1/K,\qquad x_0 = z,\quad x_K = x.$$
+# $$z_{i+1} = z_i+h\,v(z_i),\qquad h = 1/K,\qquad z_0 = z,\quad z_K = x.$$
 #
-# One step has the Jacobian $I+hJ$, where $J$ is that of $f$ at $x_i$. For small $h$ its determinant can be had without computing it:
+# One step has the Jacobian $I+hJ$, where $J$ is that of $v$ at $z_i$. For small $h$ its determinant can be had without computing it:
 #
 # $$\log\det(I+hJ) = h\,c_1+h^2\,c_2+O(h^3),$$
 #
 # where $c_1$ and $c_2$ are two simple numbers made of $J$. **Derive both** before you code.
 #
-# **Write** `small_steps(z, u, w, b, steps)` for the field of M ridges at once, $f(x) = U\tanh(Wx+b)$. It walks from $z$ to $x$ and sums three things over the steps: the exact $\log|\det(I+hJ)|$, its first order $h\,c_1$, and the first two orders $h\,c_1+h^2c_2$.
+# **Write** `small_steps(z, u, w, b, steps)` for the field of M ridges at once, $v(z) = U\tanh(Wz+b)$. It walks from $z$ to $x$ and sums three things over the steps: the exact $\log|\det(I+hJ)|$, its first order $h\,c_1$, and the first two orders $h\,c_1+h^2c_2$.
 #
 # - `z`: (B, D). `u`: $U$, (D, M). `w`: $W$, (M, D). `b`: (M,). `steps`: K ≥ 1, an int.
 # - Returns `(x, exact, first, second)`: (B, D), and three times (B,).
@@ -601,14 +601,14 @@ if hw.check(ridge):
 #
 # <details><summary>Hint 2</summary>
 #
-# $J = U\,\mathrm{diag}(1-\tanh^2(Wx+b))\,W$, a matrix for each point of the batch: `torch.einsum("dm,bm,me->bde", …)`. `torch.linalg.slogdet` takes batches.
+# $J = U\,\mathrm{diag}(1-\tanh^2(Wz+b))\,W$, a matrix for each point of the batch: `torch.einsum("dm,bm,me->bde", …)`. `torch.linalg.slogdet` takes batches.
 #
 # </details>
 
 
 # %%
 def small_steps(z: Tensor, u: Tensor, w: Tensor, b: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Walk along f(x) = U tanh(W x + b) for one unit of time, and follow the volume.
+    """Walk along v(z) = U tanh(W z + b) for one unit of time, and follow the volume.
 
     Arguments:
         z: Where the walk begins, (B, D).
@@ -652,10 +652,10 @@ if hw.check(small_steps):
 # %% [markdown]
 # **What to see.** Above: points under a whirl, for one unit of time, in the colour of the side on which they began. The border between the sides is bent, and it is never torn. Below: with twice the steps the first order comes twice as near to the exact sum, and the two orders together four times. K steps make K errors, of order $h^2$ or $h^3$, and K is $1/h$: so the lines fall with slopes 1 and 2. For many steps a sum of traces is all that is needed.
 #
-# **Question.** Let $f(x) = Ax$ be a rotation of the plane, $A = \begin{pmatrix}0&-\omega\\ \omega&0\end{pmatrix}$. A rotation keeps areas, and the first order says so. What does the exact sum say for K steps, and why? And what does the limit $K\to\infty$ buy: which demands on a layer fall away, and what is paid for it?
+# **Question.** Let $v(z) = Az$ be a rotation of the plane, $A = \begin{pmatrix}0&-\omega\\ \omega&0\end{pmatrix}$. A rotation keeps areas, and the first order says so. What does the exact sum say for K steps, and why? And what does the limit $K\to\infty$ buy: which demands on a layer fall away, and what is paid for it?
 #
 # <!-- BEGIN SOLUTION -->
-# $\det(I+hA) = 1+h^2\omega^2$, so the sum is $K\log(1+\omega^2/K^2)\approx\omega^2/K$: every step follows the tangent and leaves its circle outwards. The two orders give just this, $-\frac{h^2}2\mathrm{tr}A^2 = h^2\omega^2$ for each step. In the limit the walk stays on the circle and area is kept. In general K errors of order $h^2$ sum to one of order $h$, so that the sum tends to the integral of the divergence, $\int_0^1\mathrm{tr}\,J\,dt$, along the path. What falls away: no mask, no split, no special shape of the weights, for the limit is invertible for any smooth $f$ (walk back along $-f$); and no determinant, which costs D³, but a trace, which one can estimate by $v^\top Jv$ with random $v$ at the cost of one derivative. What is paid: many evaluations of one network where a flow evaluates each layer once, and an error of the steps. The ODE that belongs to a diffusion model is such a flow, and its likelihood is computed in this way.
+# $\det(I+hA) = 1+h^2\omega^2$, so the sum is $K\log(1+\omega^2/K^2)\approx\omega^2/K$: every step follows the tangent and leaves its circle outwards. The two orders give just this, $-\frac{h^2}2\mathrm{tr}A^2 = h^2\omega^2$ for each step. In the limit the walk stays on the circle and area is kept. In general K errors of order $h^2$ sum to one of order $h$, so that the sum tends to the integral of the divergence, $\int_0^1\mathrm{tr}\,J\,dt$, along the path. What falls away: no mask, no split, no special shape of the weights, for the limit is invertible for any smooth $v$ (walk back along $-v$); and no determinant, which costs D³, but a trace, which one can estimate by $r^\top Jr$ with random $r$ at the cost of one derivative. What is paid: many evaluations of one network where a flow evaluates each layer once, and an error of the steps. The ODE that belongs to a diffusion model is such a flow, and its likelihood is computed in this way.
 # <!-- END SOLUTION -->
 
 # %% [markdown]

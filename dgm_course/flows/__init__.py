@@ -6,7 +6,7 @@ transform returns its result and the log-determinant of *the map that it compute
 .. math:: \texttt{forward}: z \mapsto \bigl(x, \log|\det \partial x/\partial z|\bigr), \qquad
           \texttt{inverse}: x \mapsto \bigl(z, \log|\det \partial z/\partial x|\bigr),
 
-so that at one point the two sum to 0, and log p(x) is log p(z) plus what `inverse` returns.
+so that at one point the two sum to 0, and log p(x) is log π₀(z), the density of the noise, plus what `inverse` returns.
 """
 
 from dgm_course.flows.flow import Flow, RealNVP, coupling_flow

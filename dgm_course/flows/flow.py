@@ -57,9 +57,9 @@ class Flow(nn.Module):
 class RealNVP(Flow):
     """A multi-scale flow for square grey images of numbers in [0, 1].
 
-    Logit; at half the resolution couplings with checkerboard masks of the *full* resolution, and with channel masks; then
-    half of the channels leave, and the others go through couplings at a quarter of the resolution. A normalization per
-    channel stands before each.
+    From data to noise: logit; at half the resolution couplings with checkerboard masks of the *full* resolution, and with
+    channel masks; then half of the channels leave, and the others go through couplings at a quarter of the resolution.
+    A normalization per channel stands before each.
 
     Arguments:
         side: Height and width, a multiple of 4.

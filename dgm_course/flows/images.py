@@ -188,8 +188,8 @@ class Logit(Transform):
     .. math:: x = \frac{\mathrm{sigmoid}(z) - \lambda}{1 - 2\lambda}, \qquad
               \log\Bigl|\frac{dx}{dz}\Bigr| = \log\mathrm{sigmoid}(z) + \log\mathrm{sigmoid}(-z) - \log(1 - 2\lambda)
 
-    The margin λ keeps black and white away from ±∞. Its price: x lies between −λ/(1 − 2λ) and 1 + λ/(1 − 2λ), so a little
-    probability is lost outside of [0, 1].
+    The margin λ keeps black and white away from ±∞. Its price: x lies between −λ/(1 − 2λ) and 1 + λ/(1 − 2λ), so a part of
+    the probability is lost outside of [0, 1]: little for each pixel, but most images with hundreds of black ones have one there.
 
     Arguments:
         margin: λ, in (0, 1/2).
@@ -198,7 +198,7 @@ class Logit(Transform):
         ValueError: If the margin is out of range, or x, on the way to noise, leaves [0, 1].
 
     Source:
-        | Dinh et al. (2017), section 4.1
+        | Dinh et al. (2017), section 4.1, there with a margin on one side only
 
     Example:
         >>> Logit()(torch.zeros(1, 1))[0].item()

@@ -29,7 +29,7 @@ def affine(z: Tensor, log_scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]
         x, shape (B, …), and the log-determinant, shape (B,).
 
     Source:
-        | Density estimation using Real NVP (Dinh et al., 2017), eq. 4 and 6
+        | Density estimation using Real NVP (Dinh et al., 2017), eq. 4-6, there in the direction from data to noise
 
     Example:
         >>> x, log_det = affine(torch.ones(1, 2), torch.tensor([0.0, math.log(3)]), torch.tensor(1.0))
@@ -298,7 +298,7 @@ class Planar(Transform):
 
     @property
     def u(self) -> Tensor:
-        """The direction of the push, with uᵀw > −1."""
+        """The direction of the push, with uᵀw > −1 up to rounding."""
         along = self.raw @ self.w
         return self.raw + (nn.functional.softplus(along) - 1 - along) * self.w / self.w.square().sum()
 

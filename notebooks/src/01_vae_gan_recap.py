@@ -49,9 +49,11 @@ digits, labels = data.images(data.load("mnist", "test"))
 train_digits, _ = data.images(data.load("mnist", "train"))
 
 # %% [markdown]
+# In the cells below, `claim(text, condition)` prints ✓ if the condition holds and stops the notebook if not; `show_source` prints the code of one of the course's functions.
+#
 # ## 1. The VAE
 #
-# We want a model of images $x$. A *latent variable* model tells a story in two steps: draw a few numbers $z$ from $p(z) = \mathcal N(0, I)$,
+# We want a model of images $x$. A *latent variable* model tells a story in two steps: draw a few numbers $z$ from the *prior* $p(z) = \mathcal N(0, I)$,
 # then draw the image from $p(x\mid z)$, whose mean a network, the *decoder*, computes from $z$.
 #
 # To train it we would maximize the *evidence* $p(x) = \int p(x\mid z)\,p(z)\,dz$ of the images we have. The integral runs over every $z$,
@@ -62,7 +64,7 @@ train_digits, _ = data.images(data.load("mnist", "train"))
 #
 # ### 1.1 From argmin KL to the ELBO
 #
-# "Close" is measured by the Kullback–Leibler divergence, $D_{KL}(q\Vert p) = \mathbb E_q[\log q - \log p]$. It is never negative, and 0 only for $q = p$. The slide asks for
+# "Close" is measured by the Kullback–Leibler divergence, $D_{KL}(q\Vert p) = \mathbb E_q[\log q - \log p]$. It is never negative, and 0 only for $q = p$. (Logarithms are natural, so divergences are in *nats*; 1 nat is 1.44 bits. The slides write $\mathrm{KL}[q\Vert p]$ and $D_{KL}(q\Vert p)$ for the same thing. $\mathbb E_q$ is the mean over $z\sim q(z\mid x)$.) The slide asks for
 #
 # $$q^*(z\mid x) = \arg\min_q\ \mathrm{KL}\bigl[q(z\mid x)\,\Vert\,p(z\mid x)\bigr].$$
 #
@@ -94,7 +96,7 @@ claim("line 3 equals line 2", abs(kl_prior - fit + p_x.log() - bayes) < 1e-12)
 claim("line 4: log p(x) = ELBO + KL to the posterior", abs(fit - kl_prior + kl_posterior - p_x.log()) < 1e-12)
 
 # %% [markdown]
-# Line 4 is worth a pause. Its left side has no $q$ in it. So the two terms on the right always have the same sum: what the ELBO gains, the KL to the posterior loses.
+# The underbraced part is the *evidence lower bound*, or ELBO. Line 4 is worth a pause. Its left side has no $q$ in it. So the two terms on the right always have the same sum: what the ELBO gains, the KL to the posterior loses.
 # Minimizing the KL that we cannot compute *is* maximizing the ELBO, which we can. The slide writes it as
 #
 # $$\min_q\ \mathrm{KL}\bigl[q(z\mid x)\,\Vert\,p(z)\bigr] - \mathbb E_q[\log p(x\mid z)].$$
@@ -115,28 +117,28 @@ claim("q = posterior: the ELBO is log p(x)", abs(best - p_x.log()) < 1e-12)
 # %% [markdown]
 # ### 1.2 The KL of Gaussians in closed form
 #
-# The slide notes "force to be Gaussian": $q(z\mid x) = \mathcal N(\mu, \mathrm{diag}\,\sigma^2)$, where a network, the *encoder*, computes $\mu$ and $\log\sigma^2$ from $x$.
+# The slide notes "force to be Gaussian": $q(z\mid x) = \mathcal N(m, \mathrm{diag}\,s^2)$, where a network, the *encoder*, computes $m$ and $\log s^2$ from $x$. ("diag" means no correlations between latents. The posterior may well have some; homework 1 asks what this costs.)
 # Then the first term needs no sampling. For one coordinate the logarithm of the ratio is
 #
-# $$\log\frac{q(z)}{p(z)} = -\frac{(z-\mu)^2}{2\sigma^2} - \log\sigma + \frac{z^2}{2},$$
+# $$\log\frac{q(z)}{p(z)} = -\frac{(z-m)^2}{2s^2} - \log s + \frac{z^2}{2},$$
 #
-# as the two $\frac12\log 2\pi$ cancel. Under $q$ we have $\mathbb E[(z-\mu)^2] = \sigma^2$ and $\mathbb E[z^2] = \mu^2+\sigma^2$. Put these in:
+# as the two $\frac12\log 2\pi$ cancel. Under $q$ we have $\mathbb E[(z-m)^2] = s^2$ and $\mathbb E[z^2] = m^2+s^2$. Put these in:
 #
-# $$\mathrm{KL}\bigl[\mathcal N(\mu,\sigma^2)\Vert\mathcal N(0,1)\bigr] = \tfrac12\bigl(\mu^2 + \sigma^2 - 1 - \log\sigma^2\bigr).$$
+# $$\mathrm{KL}\bigl[\mathcal N(m,s^2)\Vert\mathcal N(0,1)\bigr] = \tfrac12\bigl(m^2 + s^2 - 1 - \log s^2\bigr).$$
 #
-# Each part has a job. $\mu^2$ pulls the mean to 0. $\sigma^2 - 1 - \log\sigma^2$ is 0 at $\sigma = 1$, and grows on both sides. Independent coordinates simply add up.
+# Each part has a job. $m^2$ pulls the mean to 0. $s^2 - 1 - \log s^2$ is 0 at $s = 1$, and grows on both sides. Independent coordinates simply add up.
 
 # %%
-z, mu = sympy.symbols("z mu", real=True)
-sigma = sympy.symbols("sigma", positive=True)
-normal = sympy.exp(-((z - mu) ** 2) / (2 * sigma**2)) / (sigma * sympy.sqrt(2 * sympy.pi))
-log_ratio = -((z - mu) ** 2) / (2 * sigma**2) - sympy.log(sigma) + z**2 / 2
+z, m = sympy.symbols("z m", real=True)
+s = sympy.symbols("s", positive=True)
+normal = sympy.exp(-((z - m) ** 2) / (2 * s**2)) / (s * sympy.sqrt(2 * sympy.pi))
+log_ratio = -((z - m) ** 2) / (2 * s**2) - sympy.log(s) + z**2 / 2
 integral = sympy.integrate(sympy.expand(log_ratio * normal), (z, -sympy.oo, sympy.oo))
-closed = (mu**2 + sigma**2 - 1 - sympy.log(sigma**2)) / 2
+closed = (m**2 + s**2 - 1 - sympy.log(s**2)) / 2
 claim("the integral is the closed form", sympy.simplify(sympy.expand_log(integral - closed, force=True)) == 0)
 
 # %% [markdown]
-# Now by experiment. *Before you look:* with 100,000 draws from $q$, how far off will the mean of $\log q - \log p$ be? And if someone averages over draws from $p$ instead?
+# Now by experiment. *Before you look:* with 100,000 draws from $q$, how far off will the mean of $\log q - \log p$ be? (For one draw it has a standard deviation of about 1 nat.) And if someone averages over draws from $p$ instead?
 
 # %%
 mean, log_var = torch.tensor(1.5).double(), torch.tensor(-1.0).double()
@@ -160,13 +162,13 @@ lines = {"mean so far": draws.cumsum(0)[at] / count[at], "closed form": exact.ex
 plots.curves(count[at], lines, "draws from q", "KL in nats", logx=True, colors={"closed form": style.EXACT});
 
 # %% [markdown]
-# The mean of the draws needs thousands of samples to settle; the closed form needs none. In training, every image gets *one* draw, so what can be had in closed form should be.
+# With $n$ draws the error is about $1/\sqrt n$ nats: 0.003 for 100,000, a whole nat for one. (Averaging over $p$ gives $\mathbb E_p[\log q-\log p] = -D_{KL}(p\Vert q)$, which is negative.) The closed form needs no draws. In training, every image gets *one* draw, so what can be had in closed form should be.
 #
-# Between two arbitrary Gaussians the four parts remain,
+# Between two arbitrary Gaussians, with means $m_p, m_q$ and covariances $C_p, C_q$, the four parts remain. Here $p$ is the first argument:
 #
 # $$D_{KL}(p\Vert q) = \tfrac12\Bigl((m_q-m_p)^\top C_q^{-1}(m_q-m_p) + \mathrm{tr}\,C_q^{-1}C_p - d + \log\tfrac{\det C_q}{\det C_p}\Bigr)$$
 #
-# in $d$ dimensions: $\mu^2$ has become a distance measured in $q$'s units, $\sigma^2$ a trace. The two arguments do not commute:
+# in $d$ dimensions. $m^2$ has become a distance measured in $q$'s units, $s^2$ a trace. A KL is not symmetric:
 
 # %%
 wide, narrow = 4 * torch.eye(2).double(), torch.eye(2).double()
@@ -180,9 +182,11 @@ claim("the closed form is that of torch.distributions", abs(same - forward) < 1e
 claim("swapped, it is another number", abs(forward - backward) > 0.1)
 
 # %% [markdown]
+# The second is larger: half of the wide one's draws land where the narrow one says "almost impossible".
+#
 # ### 1.3 What "~L2" means
 #
-# The slide writes "~L2" under $-\mathbb E_q[\log p(x\mid z)]$. Which L2? Take a decoder that says $p(x\mid z) = \mathcal N(\hat x(z), \sigma^2 I)$, for an image of $D$ pixels:
+# The slide writes "~L2" under $-\mathbb E_q[\log p(x\mid z)]$. Which L2? Take a decoder that says $p(x\mid z) = \mathcal N(\hat x(z), \sigma^2 I)$, for an image of $D$ pixels. (This $\sigma$ belongs to the decoder; the $s$ of section 1.2 belongs to $q(z\mid x)$.)
 #
 # $$-\log p(x\mid z) = \frac{\lVert x - \hat x\rVert^2}{2\sigma^2} + \frac D2\log(2\pi\sigma^2).$$
 #
@@ -190,7 +194,7 @@ claim("swapped, it is another number", abs(forward - backward) > 0.1)
 #
 # 1. **$\sigma^2 = \tfrac12$**: exactly the squared error, plus a constant. This is what code that adds "MSE + KL" assumes, if it sums over pixels.
 #    If it averages over pixels, it has assumed $\sigma^2 = D/2$: with 784 pixels, 392. The KL then weighs 784 times as much.
-# 2. **$\sigma^2$ as a knob.** Multiply everything by $2\sigma^2$: squared error $+\ 2\sigma^2\,\mathrm{KL}$. A fixed variance is the weight β of a β-VAE in disguise.
+# 2. **$\sigma^2$ as a knob.** Multiply everything by $2\sigma^2$: squared error $+\ 2\sigma^2\,\mathrm{KL}$. Weighting the KL by a number β is called a β-VAE (Higgins et al., 2017); here β $= 2\sigma^2$.
 # 3. **$\sigma^2$ fitted.** Set the derivative to zero: $\sigma^2 = \lVert x-\hat x\rVert^2/D$, the mean squared error. Then the term is $\frac D2\log(2\pi e\,\mathrm{MSE})$, a *logarithm* of the squared error.
 #    (For one image and one $z$. One $\sigma^2$ for all of them becomes the mean of the squared error over the data *and* over the draws of $z$.)
 
@@ -233,7 +237,9 @@ claim("the minimum lies at the mean squared error", abs(claimed[per_pixel.argmin
 #
 # $$p(x) = \mathcal N(b,\ WW^\top+\sigma^2 I),\qquad p(z\mid x) = \mathcal N\bigl(M^{-1}W^\top(x-b),\ \sigma^2M^{-1}\bigr),\qquad M = W^\top W+\sigma^2 I.$$
 #
-# For fixed $\sigma^2$, a $W$ that makes the data most probable is made of principal axes, the directions in which the data vary most (`vae.principal`). This is a VAE whose encoder and decoder are linear. Its ELBO can be computed without sampling, for any Gaussian $q$:
+# The first is clear: covariances of independent parts add. For the second, collect the terms of $\log p(x\mid z)+\log p(z)$ that are quadratic in $z$: they are $-\frac1{2\sigma^2}z^\top Mz$.
+#
+# For fixed $\sigma^2$, a $W$ that makes the data most probable is made of principal axes, the directions in which the data vary most (`vae.principal`). This is a VAE whose encoder and decoder are linear. Its ELBO can be computed without sampling, for any Gaussian $q = \mathcal N(m, C)$: the mean of the squared error is that at the mean plus a spread, $\mathbb E_q\lVert x-b-Wz\rVert^2 = \lVert x-b-Wm\rVert^2+\mathrm{tr}\,WCW^\top$. (The `einsum` is this trace.)
 
 # %%
 show_source(vae.LinearGaussian.terms)
@@ -262,27 +268,30 @@ claim("no small change of W raises the mean evidence: its gradient is 0", torch.
 
 
 # %%
-def gap(factor):
+def elbo_at(factor):
     mean, cov = model.posterior(seen)
-    factors = torch.linspace(0.15, 2.6, 100).double()
-    elbo = torch.stack([torch.stack(model.terms(seen, mean, f**2 * cov)).mean(1) @ torch.tensor([1.0, -1.0]).double() for f in factors])
-    here = torch.stack(model.terms(seen, mean, factor**2 * cov)).mean(1) @ torch.tensor([1.0, -1.0]).double()
-    evidence = model.log_evidence(seen).mean()
-    lines = {"log p(x)": evidence.expand(100), "ELBO": elbo}
-    made = plots.curves(factors, lines, "deviation of q, times the posterior's", "nats for a digit", colors={"log p(x)": style.EXACT, "ELBO": style.DATA})
-    made.axes[0].plot([factor] * 2, [here, evidence], color=style.MODEL, linewidth=4, label="KL to the posterior")
+    fit, kl = model.terms(seen, mean, factor**2 * cov)
+    return (fit - kl).mean()
+
+
+def draw_gap(factor):
+    factors, evidence = torch.linspace(0.15, 2.6, 100).double(), model.log_evidence(seen).mean()
+    lines = {"log p(x)": evidence.expand(100), "ELBO": torch.stack([elbo_at(f) for f in factors])}
+    colors = {"log p(x)": style.EXACT, "ELBO": style.DATA}
+    made = plots.curves(factors, lines, "deviation of q, times the posterior's", "nats for a digit", colors=colors)
+    made.axes[0].plot([factor] * 2, [elbo_at(factor), evidence], color=style.MODEL, linewidth=4, label="KL to the posterior")
     made.axes[0].legend(loc="lower left")
     return made
 
 
-widgets.explore(gap, factor=([0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5], 0.4))
+widgets.explore(draw_gap, factor=([0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5], 0.4))
 
 # %% [markdown]
-# The orange bar fills what the ELBO lacks, exactly, and vanishes at factor 1. For a factor $f$ and $k$ latents it is $\frac k2(f^2-1-\log f^2)$: half the deviation costs 0.32 nats for each latent, twice costs 0.81.
+# The orange bar fills what the ELBO lacks, exactly, and vanishes at factor 1. For a factor $f$ and $k$ latents it is $\frac k2(f^2-1-\log f^2)$: half the deviation costs 0.32 nats for each latent, twice costs 0.81. (This is section 1.2 with mean 0 and deviation $f$: a KL does not change when $z$ is rescaled. And $\log p(x)$ may well be positive: a density can exceed 1.)
 #
 # ### 1.5 A convolutional VAE on digits
 #
-# With networks in place of matrices nothing changes in the recipe. The only new thing is how the gradient passes a random draw: write $z = \mu + \sigma\epsilon$ with $\epsilon\sim\mathcal N(0, I)$.
+# With networks in place of matrices nothing changes in the recipe. The only new thing is how the gradient passes a random draw: write $z = m + s\,\epsilon$ with $\epsilon\sim\mathcal N(0, I)$ (the *reparameterization trick*).
 # The chance is now in $\epsilon$, which has no parameters, and $z$ is an ordinary function of $\mu$ and $\sigma$.
 
 # %%
@@ -290,7 +299,10 @@ show_source(vae.VAE.terms)
 show_source(vae.loss)
 
 # %% [markdown]
-# A short live training shows the two terms at work. *Before you look:* minus the ELBO is the sum of two terms. While it falls, must both of them fall?
+# The loss divides *both* terms by the number of pixels, so their balance stays that of the ELBO. Dividing only one would be the mistake of section 1.3.
+
+# %% [markdown]
+# A short live training shows the two terms at work. *Before you look:* minus the ELBO is the sum of two terms. While it falls, must both of them fall? (`training.fit` asks `batch(step)` for a dictionary and hands it to the loss by name; `watch` is called now and then; `scaled` picks a short training on a processor and a longer one on a GPU.)
 
 
 # %%
@@ -319,7 +331,7 @@ claim("the reconstruction term falls", cost[0, -1] < 0.5 * cost[0, 0])
 claim("the KL ends well above its lowest value", cost[1, -1] > 1.3 * cost[1].min() and cost[1].argmin() < len(steps) - 3)
 
 # %% [markdown]
-# The KL first falls, while the encoder has nothing to say yet, and then rises. All that the decoder learns about the digit has to pass through $z$, and the KL is its price. It is worth paying as long as a nat of KL saves more than one in the other term. (The left curve may well go below 0 later: a density can exceed 1.)
+# No. The KL first falls, while the encoder has nothing to say yet, and then rises. All that the decoder learns about the digit has to pass through $z$, and the KL is its price. It is worth paying as long as a nat of KL saves more than one in the other term. (The left curve may well go below 0 later, as a density can exceed 1.)
 #
 # The rest of this section uses a VAE that was trained for 6,000 steps (`dgm-course train mnist-vae`). First its reconstructions: encode a digit, decode the mean of $q$.
 
@@ -338,10 +350,10 @@ claim("the pixels' learned deviation lies between 0.1 and 0.3", 0.1 < (0.5 * tra
 plots.rows([means, drawn], ["mean of p(x | z)", "drawn from p(x | z)"])
 
 # %% [markdown]
-# Reconstructions are good and a little soft. The samples in the first row are softer, and some are between two digits. Papers show this row. The second row is what the model really says: the mean *and* independent noise on every pixel.
+# Reconstructions are good and a little soft. Among the samples of the first row many are no digit: the prior also draws codes that lie between those of real digits. Papers show this row. The second row is what the model really says: the mean *and* independent noise on every pixel.
 # A Gaussian with independent pixels cannot say "the stroke is here or there". Where it is unsure it answers with the mean of the two, and the mean of two sharp strokes is a blur.
 #
-# With two latents only, the whole latent space fits on a page (`dgm-course train mnist-vae-2d`). We decode a grid of points, spaced so that each cell has the same probability under the prior. *Before you look:* where will the ones be, and what lies between a 4 and a 9?
+# With two latents only, the whole latent space fits on a page (`dgm-course train mnist-vae-2d`). We decode a grid of points, spaced so that each cell has the same probability under the prior. *Before you look:* which classes will be neighbours? Which one will stand alone?
 
 # %%
 flatland = checkpoints.load("mnist-vae-2d")
@@ -354,22 +366,25 @@ made, (left, right) = plots.panels(2, width=9.0, height=4.4)
 left.imshow(tiles, cmap="gray", vmin=-1, vmax=1)
 left.set(xticks=[], yticks=[], title="decoded from a grid")
 for digit in range(10):
-    right.plot(*codes[labels == digit][:120].T, ".", markersize=4, color=f"C{digit % 8}" if digit < 8 else ["#6A3D9A", "#B15928"][digit - 8])
+    right.plot(*codes[labels == digit][:120].T, ".", markersize=4, color=f"C{digit}" if digit < 8 else ["#6A3D9A", "#B15928"][digit - 8])
     right.annotate(str(digit), codes[labels == digit].median(0).values.tolist(), fontsize=15, weight="bold")
+right.plot([-1.83, 1.83, 1.83, -1.83, -1.83], [-1.83, -1.83, 1.83, 1.83, -1.83], ":", color=style.EXACT)
 right.set(xlabel="z₁", ylabel="z₂", title="where digits are encoded", xlim=(-4.5, 4.5), ylim=(-4.5, 4.5));
 
 # %% [markdown]
-# The map is continuous: neighbours look alike, and on the way from one class to another there are shapes that are neither. The right picture shows the same plane from the other side, with each test digit at the mean of its $q$.
+# 4, 9 and 7 share one region, 3, 5 and 8 another: these are the digits that look alike. The ones stand alone, far to the right, where the prior hardly ever draws. On the way from one class to another there are shapes that are neither. The right picture shows where the encoder puts test digits, each at the mean of its $q$. It reaches further than the left one, which covers the dotted square.
 #
 # ### 1.6 Posterior collapse
 #
 # A latent costs KL. If using it saves less than it costs, the best thing to do with it is nothing: $q(z_i\mid x) = p(z_i)$ for every $x$, at a cost of 0. The latent has *collapsed*.
 #
-# The linear model with a fixed $\sigma^2$ says exactly when. Give the KL a weight $\beta$ (Higgins et al., 2017). Dividing $\lVert\cdot\rVert^2/2\sigma^2 + \beta\,\mathrm{KL}$ by $\beta$ shows that the best $W$ is that of a plain model with the variance $\beta\sigma^2$ (Tipping and Bishop, 1999; Lucas et al., 2019):
+# The linear model with a fixed $\sigma^2$ says exactly when. In one dimension it is easy to see. The model gives the data the variance $w^2+\sigma^2$, and this should be their variance $\lambda$. So $w^2 = \lambda-\sigma^2$ if that is positive, and otherwise $w = 0$. In more dimensions the same happens on each principal axis.
+#
+# Now give the KL a weight $\beta$ (Higgins et al., 2017). Dividing $\lVert\cdot\rVert^2/2\sigma^2 + \beta\,\mathrm{KL}$ by $\beta$ shows that the best $W$ is that of a plain model with the variance $\beta\sigma^2$ (Tipping and Bishop, 1999; Lucas et al., 2019):
 #
 # $$W = U\,(\Lambda-\beta\sigma^2 I)_+^{1/2}.$$
 #
-# $U$ are the principal axes of the data, and $\Lambda$ their variances $\lambda_i$. $(\cdot)_+$ replaces negative numbers by 0. An axis with $\lambda_i \le \beta\sigma^2$ gets length 0. Here collapse is no accident of training: it is the optimum. (In a deep VAE, training can also get stuck in a collapse that is not optimal.) And an axis in use carries, on average over the data, a KL of exactly $\frac12\log\frac{\lambda_i}{\beta\sigma^2}$:
+# The columns of $U$ are the principal axes of the data (eigenvectors of their covariance), and $\Lambda$ holds the variances $\lambda_i$ along them (the eigenvalues). $(\cdot)_+$ replaces negative numbers by 0. An axis with $\lambda_i \le \beta\sigma^2$ gets length 0. Here collapse is no accident of training: it is the optimum. (In a deep VAE, training can also get stuck in a collapse that is not optimal.) And an axis in use carries, on average over the data, a KL of exactly $\frac12\log\frac{\lambda_i}{\beta\sigma^2}$. (The posterior's variance is $s^2 = \beta\sigma^2/\lambda_i$. On average over the data $m^2+s^2 = 1$, so of section 1.2's formula only $-\frac12\log s^2$ is left.)
 
 # %%
 beta_var = 0.8  # β·σ²
@@ -383,7 +398,7 @@ claim("KL of each latent = ½ log(λ / βσ²), and 0 below", (carried - predict
 print("largest variances of the axes:", [round(v, 1) for v in all_variances[:4].tolist()])
 
 # %% [markdown]
-# *Before you move the slider:* with σ² = 0.1 and the variances above, at which β does the last latent collapse? And by when will the reconstructions have lost their class?
+# *Before you move the slider:* with σ² = 0.1 and the variances above, at which β has every latent collapsed? And at which can you no longer read the digits?
 
 
 # %%
@@ -404,7 +419,7 @@ def collapse(beta):
 widgets.explore(collapse, beta=([1, 3, 10, 20, 40, 80, 120, 160, 240], 10))
 
 # %% [markdown]
-# As β grows the latents go out one after the other, the least important first. At the end none is left, and every digit is decoded to the same thing: the mean of the data.
+# As β grows the latents go out one after the other, the least important first. The largest variance is 21.1, so the last one goes out at β = 211, and then every digit is decoded to the same thing: the mean of the data. At β = 40 twelve are left; the 2 is decoded as something like a 3, the 4 as something like a 9.
 #
 # Does a convolutional VAE do the same? Here it was trained anew for seven values of β, with σ² held fixed (`dgm-course train mnist-collapse`).
 
@@ -418,13 +433,13 @@ lines = {"convolutional VAE": used, "linear model": linear}
 plots.curves(beta, lines, "β", "latents in use, of 16", logx=True, colors={"linear model": style.EXACT})
 
 # %% [markdown]
-# SEE-COLLAPSE
+# A latent counts as used if it carries more than 0.01 nats, in the linear model if $\lambda_i>\beta\sigma^2$. Only at β = 30 do the two differ: 16 in use, where the linear model keeps 12. A decoder that can bend need not drop a latent where a straight axis must. (One run for each β, of 800 steps.)
 #
 # ### 1.7 Importance weighting: a bound that tightens
 #
-# The ELBO is the mean, under $q$, of $\log w$ with $w = p(x\mid z)p(z)/q(z\mid x)$, while the evidence is the logarithm of the mean of the same $w$. The gap is Jensen's inequality. So average a few weights *before* taking the logarithm (Burda et al., 2016):
+# The ELBO is the mean, under $q$, of $\log w$ with $w = p(x\mid z)p(z)/q(z\mid x)$, while the evidence is the logarithm of the mean of the same $w$, as $\mathbb E_q[w] = \int p(x\mid z)\,p(z)\,dz = p(x)$. By Jensen's inequality a mean of logarithms is at most the logarithm of the mean. So average a few weights *before* taking the logarithm (Burda et al., 2016):
 #
-# $$L_K = \mathbb E\Bigl[\log\frac1K\sum_{k=1}^K \frac{p(x\mid z_k)\,p(z_k)}{q(z_k\mid x)}\Bigr],\qquad \mathrm{ELBO} = L_1 \le L_2 \le \dots \to \log p(x).$$
+# $$L_K = \mathbb E\Bigl[\log\frac1K\sum_{j=1}^K \frac{p(x\mid z_j)\,p(z_j)}{q(z_j\mid x)}\Bigr],\qquad \mathrm{ELBO} = L_1 \le L_2 \le \dots \to \log p(x).$$
 #
 # The bounds never fall as $K$ grows. That they reach the evidence needs a condition, for example that $w$ is bounded, as it is for a $q$ wider than the posterior.
 #
@@ -432,21 +447,26 @@ plots.curves(beta, lines, "β", "latents in use, of 16", logx=True, colors={"lin
 
 # %%
 model = vae.principal(small, 8, var=0.05)
-encoder, decoder = nn.Linear(49, 16).double(), nn.Linear(8, 49).double()
-posterior_mean, posterior_cov = model.posterior(seen)
-twice = (4 * posterior_cov.diagonal()).log()
-linear_vae = vae.VAE(lambda x: torch.cat([model.posterior(x)[0], twice.expand(len(x), 8)], 1), lambda z: z @ model.weight.T + model.bias, 8, math.log(0.05)).double()
+_, posterior_cov = model.posterior(seen)
+twice = (4 * posterior_cov.diagonal()).log()  # log-variances for twice the deviation
+
+
+def encode(x):
+    return torch.cat([model.posterior(x)[0], twice.expand(len(x), 8)], dim=1)
+
+
+linear_vae = vae.VAE(encode, lambda z: z @ model.weight.T + model.bias, 8, math.log(0.05)).double()
 powers = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 eps = torch.randn(512, 100, 8, generator=g).double()
 with torch.no_grad():
-    bounds = torch.stack([vae.importance_bound(linear_vae, seen, part).mean() for part in (eps[:k] for k in powers)])
+    bounds = torch.stack([vae.importance_bound(linear_vae, seen, eps[:k]).mean() for k in powers])
 evidence = model.log_evidence(seen).mean()
 lines = {"bound": bounds, "log p(x)": evidence.expand(len(powers))}
 plots.curves(torch.tensor(powers), lines, "K, draws for each digit", "nats", logx=True, colors={"log p(x)": style.EXACT})
 claim("512 draws come within 0.2 nats of the evidence", evidence - bounds[-1] < 0.2)
-gap = 8 / 2 * (4 - 1 - math.log(4))  # of the ELBO, by the formula of section 1.4 for the factor 2 and 8 latents
+expected_gap = 8 / 2 * (4 - 1 - math.log(4))  # of the ELBO, by the formula of section 1.4 for the factor 2 and 8 latents
 one_draw = torch.stack([vae.importance_bound(linear_vae, seen, eps[k : k + 1]) for k in range(100)]).mean(1)
-claim("one draw lacks 6.45 nats on average, as section 1.4 says", abs(evidence - one_draw.mean() - gap) < 4 * one_draw.std() / 10)
+claim("one draw lacks 6.45 nats on average, as section 1.4 says", abs(evidence - one_draw.mean() - expected_gap) < 4 * one_draw.std() / 10)
 
 # %% [markdown]
 # Most of the gap is gone after some dozens of draws. For the convolutional VAE the evidence is unknown, and the largest of these lower bounds is the tightest:
@@ -456,12 +476,13 @@ with torch.no_grad():
     eps = torch.randn(64, 50, 16, generator=g)
     tighter = [vae.importance_bound(trained, digits[:50], eps[:k]).mean().item() for k in (1, 8, 64)]
 claim("L₁ < L₈ < L₆₄ on 50 digits", tighter[0] < tighter[1] < tighter[2])
+print("L₁, L₈, L₆₄ in nats for a digit:", [round(value) for value in tighter])
 
 # %% [markdown]
 # ## 2. Effect of framing
 #
 # We fitted $q$ to the posterior by $D_{KL}(q\Vert p)$. Why not $D_{KL}(p\Vert q)$? The slide asks it as a riddle. Data come from a mixture of two Gaussians, drawn below. We may use *one* Gaussian $q$.
-# Which $q$ minimizes $D_{KL}(p\Vert q)$, and which $D_{KL}(q\Vert p)$? Three candidates are drawn. **Write down your two answers before you read on.**
+# Which $q$ minimizes $D_{KL}(p\Vert q)$, and which $D_{KL}(q\Vert p)$? Three candidates are drawn: in blue the data's density $p$, in orange, for each candidate $q$, the ellipse at two standard deviations. **Write down your two answers before you read on.**
 
 # %%
 means = torch.tensor([[-2.0, -1.0], [2.0, 1.0]]).double()
@@ -481,8 +502,6 @@ for ax, (mean, cov), name in zip(axes, candidates, "ABC", strict=True):
     ellipse(ax, mean, cov, color=style.MODEL)
 
 # %% [markdown]
-# In blue the data's density $p$; in orange, for each candidate $q$, the ellipse at two standard deviations.
-#
 # ### 2.1 KL(p‖q): the fit that must cover
 #
 # Write it out: $D_{KL}(p\Vert q) = \mathbb E_p[\log p] - \mathbb E_p[\log q]$. The first part has no $q$. For a Gaussian $q$ with mean $m$ and covariance $C$ the second is
@@ -491,7 +510,7 @@ for ax, (mean, cov), name in zip(axes, candidates, "ABC", strict=True):
 #
 # which asks of $p$ nothing but its mean and covariance. Setting the derivatives to zero gives $m = \mathbb E_p[x]$ and $C = \mathrm{Cov}_p[x]$: **match the moments**. Call this Gaussian $q^*$.
 #
-# It is the only minimum. As $\log q$ is quadratic in $x$, its mean under $p$ is its mean under $q^*$, which has the same moments. So for every Gaussian $q$ we have $D_{KL}(p\Vert q) = D_{KL}(p\Vert q^*) + D_{KL}(q^*\Vert q)$, and the last term is 0 for $q = q^*$ only. For a mixture the covariance is that *within* the components plus that *between* their means.
+# It is the only minimum. As $\log q$ is quadratic in $x$, its mean under $p$ is its mean under $q^*$, which has the same moments. Hence $\mathbb E_p[\log q^*-\log q] = \mathbb E_{q^*}[\log q^*-\log q]$, and for every Gaussian $q$ we have $D_{KL}(p\Vert q) = D_{KL}(p\Vert q^*) + D_{KL}(q^*\Vert q)$, and the last term is 0 for $q = q^*$ only. For a mixture the covariance is that *within* the components plus that *between* their means.
 
 # %%
 line = torch.linspace(-9, 9, 181, dtype=torch.float64)
@@ -534,7 +553,8 @@ for start, (mean, cov, _) in zip(starts, found, strict=True):
 # %%
 on_mode = [bool((mean - means).norm(dim=1).min() < 0.05) for mean, *_ in found]
 values = torch.stack([value for *_, value in found])
-claim("two starts end on each component, two between them", [int((mean - means).norm(dim=1).min() < 0.05 and mean[0] * side > 0) for side in (-1, 1) for mean, *_ in found].count(1) == 4 and sum(on_mode) == 4)
+sides = sorted(float(mean[0].sign()) for (mean, *_), on in zip(found, on_mode, strict=True) if on)
+claim("two starts end on each component, two between them", sides == [-1, -1, 1, 1])
 claim("on a component the divergence is log 2, to 0.01", (values[on_mode] - math.log(2)).abs().max() < 0.01)
 claim("the end in between is a worse minimum", all(values[[not on for on in on_mode]] > 0.74))
 c_mean, c_cov = candidates[2]
@@ -542,7 +562,7 @@ for_c = divergences.kl(log_normal(c_mean, c_cov), p.log_prob(plane), cell)
 claim("candidate C is worse than all of them", for_c > values.max() + 1)
 
 # %% [markdown]
-# Three ends, and the start decides. The two best are **B** and its mirror image, with the same divergence. Between the components lies a third, local minimum.
+# Each arrow leads from a start to the mean where its descent ends. Three ends, and the start decides. (These modes are 5.8 standard deviations apart, and the end in between is only a little worse: 0.75 against 0.69. Section 2.4 varies the distance.) The two best are **B** and its mirror image, with the same divergence. Between the components lies a third, local minimum.
 # Where $q(x) > 0$ and $p(x)\to0$, now $\log q/p$ explodes: $D_{KL}(q\Vert p)$ punishes a $q$ that puts mass where there are no data, and hardly minds one that misses half of them.
 # Missing half costs just $\log 2 = 0.69$: on its mode $q$ is *twice* $p$, so $\log q/p \approx \log 2$ everywhere it looks.
 #
@@ -556,7 +576,7 @@ claim("candidate C is worse than all of them", for_c > values.max() + 1)
 #
 # $$JS(p,q) = \tfrac12 D_{KL}(p\Vert \bar p) + \tfrac12 D_{KL}(q\Vert \bar p)\ \le\ \log 2.$$
 #
-# It is symmetric and never infinite, as $\bar p$ is positive wherever $p$ or $q$ is. Does its best Gaussian cover or choose? We minimize it on the grid, from two starts: the covering answer, and a mode.
+# It is symmetric and never infinite, as $\bar p$ is positive wherever $p$ or $q$ is; it is at most $\log2$ since $p/\bar p\le2$. Does its best Gaussian cover or choose? We minimize it on the grid, from two starts: the covering answer, and a mode.
 
 
 # %%
@@ -606,9 +626,9 @@ def apart(distance):
     reverse = min((divergences.nearest_reverse(two.log_prob, *s, nodes=120) for s in starts), key=lambda end: end[2])
     between = min((nearest_js(two, xs, step, *s) for s in starts), key=lambda end: end[2])
     fits = {"KL(p‖q)": (two.mean, two.cov), "KL(q‖p)": reverse, "Jensen–Shannon": between}
-    log_normal = {name: toy.GaussianMixture(mean[None], cov[None]).log_prob(xs) for name, (mean, cov, *_) in fits.items()}
+    log_qs = {name: toy.GaussianMixture(mean[None], cov[None]).log_prob(xs) for name, (mean, cov, *_) in fits.items()}
     shown = (xs[:, 0].abs() < 8).nonzero()[:, 0]
-    lines = {name: log_q.exp()[shown] for name, log_q in log_normal.items()}
+    lines = {name: log_q.exp()[shown] for name, log_q in log_qs.items()}
     made = plots.curves(xs[shown, 0], lines, "x", "density", colors=dict(zip(fits, [style.EXACT, style.MODEL, style.GUIDED], strict=True)))
     made.axes[0].fill_between(xs[shown, 0], two.log_prob(xs).exp()[shown], color=style.DATA, alpha=0.25)
     return made
@@ -617,7 +637,7 @@ def apart(distance):
 widgets.explore(apart, distance=([0.0, 2.0, 3.0, 4.0, 5.0, 5.5, 6.0, 7.0, 8.0, 9.0], 4.0))
 
 # %% [markdown]
-# In blue the data, with three best fits (for the last two the better of two minima). Up to a distance of about 4 they are close to each other. Then $D_{KL}(q\Vert p)$ lets go of the middle and jumps onto a mode, at about 5.6. Jensen–Shannon follows, between 8 and 9. $D_{KL}(p\Vert q)$ never does. (Both modes are equally good; the start decides which one is shown.) The next figure shows the jump of $D_{KL}(q\Vert p)$.
+# In blue the data, with three best fits (for the last two the better of two minima). Up to a distance of about 4 they are close to each other. At about 5.6 $D_{KL}(q\Vert p)$ jumps from the middle onto a mode. Jensen–Shannon follows, between 8 and 9. $D_{KL}(p\Vert q)$ never does. (Both modes are equally good; the start decides which one is shown.) The next figure shows the jump of $D_{KL}(q\Vert p)$.
 
 # %%
 distances = torch.arange(3.0, 7.6, 0.25).double()
@@ -650,7 +670,7 @@ claim("at 6 it is the better one", on_a_mode[12] < between[12])
 #
 # $$\max_D\ \mathbb E_{x\sim p_{\text{data}}}[\log D(x)] + \mathbb E_z[\log(1-D(G(z)))].$$
 #
-# The generator wants the opposite. Only the second term depends on it: $\min_G \mathbb E_z[\log(1-D(G(z)))]$. Together this is the slide's minimax game. In code the network gives the *logit* $\ell$, with $D = 1/(1+e^{-\ell})$. Then $-\log D = \mathrm{softplus}(-\ell)$, which does not overflow.
+# The generator wants the opposite. Only the second term depends on it: $\min_G \mathbb E_z[\log(1-D(G(z)))]$. Together this is the slide's minimax game. In code the network gives the *logit* $\ell$, with $D = 1/(1+e^{-\ell})$. With $\mathrm{softplus}(u) = \log(1+e^u)$ we get $-\log D = \mathrm{softplus}(-\ell)$ and $-\log(1-D) = \mathrm{softplus}(\ell)$, which PyTorch computes without overflow.
 
 # %%
 real, fake = 3 * torch.randn(200, generator=g).double(), 3 * torch.randn(300, generator=g).double()
@@ -663,7 +683,7 @@ claim("the saturating generator's loss is the slide's E[log(1 − D)]", abs(gan.
 # %% [markdown]
 # ### 3.2 The best discriminator
 #
-# From here on $p$ is the density of the data and $q$ that of generated samples, if it has one. (A generator with 16 noise numbers and 784 pixels has none: its samples lie on a thin surface, and a perfect police tells everything apart. Noise on the samples gives it one, which is one reason for the remedy of section 3.4.) For each $x$ by itself, $D(x)$ should maximize $p\log D + q\log(1-D)$. The derivative $p/D - q/(1-D)$ is zero at
+# From here on $p$ is the density of the data, and $q$ that of generated samples (no longer the encoder's). In these, the discriminator's value is $\int p\log D+q\log(1-D)\,dx$. $D$ is free at each $x$, so we maximize under the integral. The derivative $p/D - q/(1-D)$ is zero at
 #
 # $$D^*(x) = \frac{p(x)}{p(x)+q(x)},\qquad\text{that is}\qquad \ell^*(x) = \log p(x) - \log q(x).$$
 #
@@ -672,6 +692,8 @@ claim("the saturating generator's loss is the slide's E[log(1 − D)]", abs(gan.
 # $$\mathbb E_p\Bigl[\log\frac{p}{2\bar p}\Bigr] + \mathbb E_q\Bigl[\log\frac{q}{2\bar p}\Bigr] = 2\,JS(p,q) - \log 4.$$
 #
 # So against a perfect police, a faker who minimizes the slide's loss minimizes the Jensen–Shannon divergence. (All this is for as many real samples as generated ones; homework 1 asks about other shares.)
+#
+# One warning: this supposes that $q$ is a density. A generator with 16 noise numbers and 784 pixels has none. Its samples lie on a thin surface, and a perfect police tells everything apart. Noise on the samples gives it one, which is one reason for the remedy of section 3.4.
 
 # %%
 p_x, q_x, D = sympy.symbols("p q D", positive=True)
@@ -713,7 +735,7 @@ reached = -(log_p.exp() * softplus(-learned) + log_q.exp() * softplus(learned)).
 claim("training reaches the best value to 0.01 from below", 0 <= value - reached < 0.01)
 
 # %% [markdown]
-# The trained network lies on the formula wherever there are data. Where it does not, neither density had samples to teach it.
+# The trained network comes close to the formula where there are data. It leaves it at the left end, below about $-2.5$, where both densities had few samples to teach it.
 #
 # ### 3.3 Two losses for the generator
 #
@@ -723,7 +745,7 @@ claim("training reaches the best value to 0.01 from below", 0 <= value - reached
 #
 # The slide's loss *saturates*: the worse the fake, the smaller the gradient. Minimizing $-\log D$ instead has the same end, $q = p$, and a gradient where it is needed. This is the *non-saturating* loss.
 #
-# It no longer aims at Jensen–Shannon. Write $-\log D = \bigl[\log(1-D)-\log D\bigr] - \log(1-D)$. At the best $D$ the bracket is $\log q/p$, so the generator's gradient is that of $D_{KL}(q\Vert p) - 2\,JS(p,q)$ (Arjovsky and Bottou, 2017). In the sense of section 2, it leans to the side that chooses.
+# It no longer aims at Jensen–Shannon. Write $-\log D = \bigl[\log(1-D)-\log D\bigr] - \log(1-D)$. At the best $D$ the bracket is $\log q/p$, so the generator's gradient is that of $D_{KL}(q\Vert p) - 2\,JS(p,q)$ (Arjovsky and Bottou, 2017). (The police stands still while the generator moves. This loses nothing: what is left out of the gradient of $D_{KL}(q\Vert p)$ is $\mathbb E_q[\nabla\log q] = \nabla\!\int q = 0$, and for the last part it is 0 because $D^*$ is a maximum.) In the sense of section 2, it leans to the side that chooses.
 #
 # Measured: data are $\mathcal N(0,1)$, the generator draws $a + z$, and the police is perfect. How strongly is $a$ pulled back, as a function of its distance? Here $D_{KL}(q\Vert p) = a^2/2$ has the gradient $a$, so the two pulls must add up to $a$.
 
@@ -757,6 +779,9 @@ claim("the two pulls add up to a, the gradient of KL(q‖p)", (lines["log(1 − 
 show_source(gan.loss)
 
 # %% [markdown]
+# `functional_call` runs the discriminator with weights that are constants. `pack` is 1 in this notebook, so `_packed` changes nothing; `penalty` comes in section 3.5.
+
+# %% [markdown]
 # ### 3.4 Mode collapse
 #
 # The generator is paid for fooling the police *now*. If all its samples land on one mode of the data, and the police has not noticed yet, that is a success. Then the police learns, and the faker moves to the next mode.
@@ -782,6 +807,7 @@ class Players(nn.Module):
     def forward(self, x):
         x = x + self.noise * torch.randn_like(x)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            # bias + x @ weight, for the k networks at once
             x = torch.baddbmm(bias, nn.functional.silu(x) if i else x, weight)
         return x
 
@@ -805,6 +831,7 @@ def play(model, x, z, left):
 
 torch.manual_seed(0)
 model = gan.GAN(Players(6, 2, 128, 128, 2), Players(6, 2, 128, 128, 128, 1), latent=2)
+# Adam alone: the schedule, weight decay and clipping of `fit` are switched off.
 plain_adam = {"lr": 1e-3, "betas": (0.5, 0.99), "weight_decay": 0, "warmup": 0, "final": 1.0, "clip": 1e9}
 training.fit(model, play, deal, steps=games, precision="float32", **plain_adam)
 
@@ -815,20 +842,20 @@ distance, nearest = (fakes[:, :, None] - ring.means).norm(dim=3).min(2)
 near = (distance < 0.8).double().mean(1).tolist()
 served = [int((torch.bincount(n[d < 0.8], minlength=8) >= 80).sum()) for d, n in zip(distance, nearest, strict=True)]
 made, axes = plots.panels(3, 2, width=9.0, height=6.0, share=True)
-for ax, x, count, share, name in zip(axes, fakes, served, near, ["plain"] * 3 + ["noise at first"] * 3, strict=True):
+for ax, x, count, share, name in zip(axes, fakes, served, near, ["plain"] * 3 + ["noise"] * 3, strict=True):
     ax.plot(*x[:600].T, ".", markersize=3, alpha=0.5, color=style.MODEL)
     ax.plot(*ring.means.T, "o", markersize=9, markerfacecolor="none", color=style.DATA)
-    ax.set(title=f"{name}: {count} of 8, {share:.0%} near one", xlim=(-12, 12), ylim=(-12, 12), aspect="equal")
+    ax.set(title=f"{name}: {count} of 8, {share:.0%} near", xlim=(-12, 12), ylim=(-12, 12), aspect="equal")
 claim("three games without noise serve fewer modes than three with", sum(served[:3]) < sum(served[3:]))
 
 # %% [markdown]
-# In orange the generator's samples, as circles the eight modes. The titles count the modes that get at least 4 % of the samples (a fair share is 12.5 %), and the samples that lie near a mode at all. Without noise a game ends on one to three modes, with noise on three or four. But look between the circles: in both rows about half of the samples belong to no mode. It is a help, and far from a cure. This is what people mean when they call GANs hard to train.
+# In orange the generator's samples, as circles the eight modes. The titles count the modes that get at least 4 % of the samples (a fair share is 12.5 %), and the samples that lie near a mode at all. Without noise a game ends on one to three modes, with noise on three or four. But look between the circles: without noise 14 to 50 % of the samples belong to no mode, with noise more than half. In these games noise bought more modes and paid with more samples between them. It is a help, and far from a cure. This is what people mean when they call GANs hard to train.
 #
-# Keep the remedy in mind. *Blur the data with noise until the problem is easy, then take the noise away* is, in one sentence, the idea of the next lectures.
+# Keep the remedy in mind. *Blur the data with noise until the problem is easy, then take the noise away* is, in one sentence, the idea of diffusion, from notebook 03 on.
 #
 # ### 3.5 A GAN on digits
 #
-# The same two halves as in the VAE, decoder as generator and encoder as discriminator, trained for 3,000 steps with a penalty on steep discriminators (`dgm-course train mnist-gan`). Compare these samples with the VAE's in section 1.5.
+# The same two halves as in the VAE, decoder as generator and encoder as discriminator, trained for 3,000 steps with a penalty on steep discriminators, $\frac\gamma2\,\mathbb E\lVert\nabla_x\ell(x)\rVert^2$ over real images (Mescheder et al., 2018; `dgm-course train mnist-gan`). Compare these samples with the VAE's in section 1.5.
 
 # %%
 faker = checkpoints.load("mnist-gan")
@@ -852,13 +879,18 @@ ax.set(xticks=range(10), xlabel="class, to the classifier", ylabel="share of 1,0
 claim("every class comes up", share.min() > 0.02)
 
 # %% [markdown]
-# SEE-CLASSES
+# All ten come up, and none much more or less often than it should. This GAN, with its penalty, has not forgotten a class.
 #
 # ## 4. Why diffusion?
 #
 # The lecture names two benefits of diffusion models: high quality, and stable training compared to a GAN. The price is speed. Let us measure all three, on the same data. We train a VAE, a GAN and a small diffusion model, each of 200 to 300 thousand weights and for about 130 seconds of one core, from four seeds (`dgm-course train mnist-generators`).
 #
-# *Quality* is the Fréchet distance of the samples to real digits (lower is better), on the features of a classifier; notebook 04 says what it is. *Precision* is the share of samples whose features lie close to those of real digits, *recall* the share of real digits with features close to those of samples. *Stability* has two sides: the spread over four seeds, and what happens when nobody tunes the optimizer. The VAE and the diffusion model share one setting of AdamW. The GAN's own setting was searched for (a smaller step, no momentum); the fourth row gives it that of the others. (It is the GAN of section 3.5 with fewer noise numbers and without the penalty.) *Before you look:* rank them in each column.
+# - *Quality* is the Fréchet distance of 1,000 samples to real digits (lower is better), on the features of a classifier; notebook 04 says what it is. The row "real" is the distance between two sets of real digits.
+# - *Precision* is the share of samples whose features lie close to those of real digits, *recall* the share of real digits with features close to those of samples.
+# - *Speed* is the time for 1,000 samples, on one core; the diffusion model takes 25 steps.
+# - *Stability* has two sides: the spread over four seeds, and what happens when nobody tunes the optimizer. The VAE and the diffusion model share one setting of AdamW. The GAN's own setting was searched for (a smaller step, no momentum); the row "GAN, plain Adam" has that of the others.
+#
+# (The GAN is that of section 3.5 with fewer noise numbers and without the penalty.) *Before you look:* rank them in each column.
 
 # %%
 table = tables.load("mnist-generators")
@@ -885,33 +917,36 @@ for ax, name in zip(axes, ["Fréchet distance", "recall", "seconds for 1000 samp
         ax.plot([place] * len(rows[kind]), column(kind, name), "o", color=f"C{place}")
     ax.set(xticks=range(len(rows)), ylabel=name, xlim=(-0.5, len(rows) - 0.5))
     ax.set_xticklabels([kind.replace(", ", ",\n") for kind in rows], rotation=30)
-axes[0].set(yscale="log")
+axes[0].set(ylim=0), axes[1].set(ylim=(0, 1.02))
 axes[2].set(yscale="log")
 
 # %% [markdown]
-# SEE-TABLE
+# Row by row. The **VAE** ends at the same place from every seed and draws fast, and its samples are the least real of the three: that is the price of section 1.5. The **GAN** with its own setting is the best here, as fast, and hardly varies. So a GAN is not unstable by nature. But with the setting that served the other two it ends anywhere between 8 and 40, with a recall below 0.2: it lost most ways of writing a digit, and nothing in its loss said so. The **diffusion** model took the setting that it was given. It has the highest precision, its distance lies between the two, and it takes about 60 times as long to draw.
 #
-# ### What is diffusion? The opening
+# So of the lecture's two benefits the table shows one, stable training, and half of the other. Two minutes of one core are little for a diffusion model. Given more, it is the one that goes on: the checkpoints have Fréchet distances of about 3.1 (VAE), 0.28 (GAN) and 0.04 (the diffusion model of notebook 03; it is larger, was trained longest, and gets the class as an input, so this is no fair race either). The VAE has stopped improving: its bound pays for other things than sharp samples.
+#
+# ### 4.1 What is diffusion? The opening
 #
 # The name comes from physics, from non-equilibrium thermodynamics. Ink in water spreads until it is even: a complicated distribution becomes a simple one by many small random steps. A diffusion model has two processes, with two objectives:
 #
 # 1. **Forward:** add Gaussian noise, a little at a time. Objective: turn the complex distribution of clean data into a simple one.
 # 2. **Reverse:** remove noise, a little at a time. Objective: turn a sample of noise into a new sample of data.
 #
-# On the ring of section 3.4, drawn five times smaller, the ideal reverse process is known exactly, so we can watch both without training anything.
+# On the ring of section 3.4, drawn five times smaller, the ideal reverse process is known exactly, so we can watch both without training anything. Time $t$ runs from 0, data, to 1, noise. (Do not study the code: notebook 03 builds each part.)
 
 # %%
 path, islands = paths.Cosine(), toy.ring(8, radius=1.6, std=0.04)
 points = islands.sample(600, g)
 levels = [0.0, 0.1, 0.25, 0.5, 1.0]
 there = [path.perturb(points, t, torch.randn(600, 2, generator=g)) for t in levels]
-made, axes = plots.panels(5, 2, width=10.0, height=4.2, share=True)
-for ax, x, t in zip(axes, there, levels, strict=False):
-    plots.scatter(x, extent=(-3, 3, -3, 3), ax=ax, title=f"t = {t}")
 states = [torch.randn(600, 2, generator=g)]
 states += list(samplers.ddim(islands.denoiser(path), path, states[0], path.times(40), generator=g))
-for ax, t in zip(axes[5:], reversed(levels), strict=True):
-    plots.scatter(states[round(40 * (1 - t))], extent=(-3, 3, -3, 3), ax=ax, title=f"t = {t}")
+back = [states[round(40 * (1 - t))] for t in reversed(levels)]
+made, axes = plots.panels(5, 2, width=10.0, height=4.4, share=True)
+names = [f"forward, t = {t}" for t in levels] + [f"reverse, t = {t}" for t in reversed(levels)]
+for ax, x, name, color in zip(axes, there + back, names, [style.DATA] * 5 + [style.MODEL] * 5, strict=True):
+    ax.plot(*x.T, ".", markersize=3, alpha=0.6, color=color)
+    ax.set(title=name, xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
 found = torch.bincount((states[-1][:, None] - islands.means).norm(dim=2).argmin(1), minlength=8)
 claim("all eight modes are found, each with its share", (found / 600 - 1 / 8).abs().max() < 0.06)
 
@@ -929,13 +964,13 @@ claim("all eight modes are found, each with its share", (found / 600 - 1 / 8).ab
 #
 # **Pitfalls**
 #
-# - The arguments of a KL do not commute. Say which is which, and from which one the samples come.
-# - $\sigma$, $\sigma^2$ or $\log\sigma^2$? Encoders give $\log\sigma^2$; the draw needs $\sigma = e^{\frac12\log\sigma^2}$.
+# - A KL is not symmetric. Say which argument is which, and from which one the samples come.
+# - $s$, $s^2$ or $\log s^2$? Encoders give $\log s^2$; the draw needs $s = e^{\frac12\log s^2}$.
 # - A mean over pixels beside a sum over latents makes the KL 784 times heavier than with $\sigma^2 = \frac12$. On these digits, whose largest variance along an axis is 21 and not 392, all of the linear model's latents collapse.
 # - Detach the fakes in the discriminator's loss; freeze the discriminator in the generator's.
 # - A GAN's loss curve says nothing about the samples. Look at samples, and at how many modes they cover.
 #
-# **Homework:** [exercises](../homework/hw1_vae_gan.ipynb) next to this notebook.
+# **Homework:** [six exercises](../homework/hw1_vae_gan.ipynb): other priors, the bound for black-and-white images, what independent latents cost, divergences from a discriminator, and where a generator stops learning.
 #
 # **References**
 #

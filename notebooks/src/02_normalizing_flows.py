@@ -25,7 +25,7 @@
 #
 # **Time:** two hours to read, with pen and paper; it runs in under a minute on a processor.
 # **It builds on** notebook 01: maximum likelihood, the bound of the VAE, a GAN's generator.
-# **Symbols** are those of the lecture; the README's [symbol ledger](../README.md#symbols) lists them all.
+# **Symbols** are those of the lecture; the README's [symbol ledger](../README.md#symbols) lists the main ones.
 
 # %%
 import importlib.util
@@ -41,7 +41,7 @@ import time
 import sympy
 import torch
 from matplotlib.collections import PolyCollection
-from scipy import ndimage, stats
+from scipy import ndimage, optimize, stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgm_course import checkpoints, data, flows, nets, toy, training
@@ -53,7 +53,7 @@ g = torch.Generator().manual_seed(0)  # where nearly all chance in this notebook
 digits, labels = data.images(data.load("mnist", "test"))
 
 # %% [markdown]
-# A VAE gives a bound on the likelihood, a GAN gives none. A flow gives the likelihood itself. It starts from noise $z_0$ of a known density $\pi_0$, as a rule $\mathcal N(0, I)$,
+# A VAE gives a bound on the likelihood, a GAN gives none. A flow gives the likelihood itself (for grey levels a bound: section 4.1). It starts from noise $z_0$ of a known density $\pi_0$, as a rule $\mathcal N(0, I)$,
 # and applies a transformation function, again and again:
 #
 # $$x = z_K = f_K\circ f_{K-1}\circ\dots\circ f_1(z_0).$$
@@ -64,7 +64,7 @@ digits, labels = data.images(data.load("mnist", "test"))
 #
 # ### 1.1 One dimension
 #
-# Let $z$ have the density $\pi_0$, and let $x = f(z)$ with an invertible, differentiable $f$. What is the density $p$ of $x$?
+# Let $z$ have the density $\pi_0$, and let $x = f(z)$ with an invertible, differentiable $f$ whose slope is nowhere 0. What is the density $p$ of $x$?
 #
 # A density is not a probability. An *area* under it is one. Take the $z$ in a narrow strip of width $dz$: they have the probability $\pi_0(z)\,dz$. The map carries them to a strip of width $dx = |f'(z)|\,dz$, and not one of them is lost. So
 # the two areas are equal, $p(x)\,dx = \pi_0(z)\,dz$, and
@@ -219,11 +219,11 @@ def draw_bend(k):
 widgets.explore(draw_bend, k=([0.05, 0.2, 0.4, 0.6, 0.8, 0.9], 0.6))
 
 # %% [markdown]
-# The outer side grows, the inner side shrinks and fills up. Strictly, the parallelogram is the image of the cell only in the limit of small cells; here you can see how it follows the cell's middle and misses its corners. (The *area* is the cell's exactly, as this determinant is linear in $z_2$.)
+# The area grows by the factor $1 - kz_2$: the outer side, $z_2 = -1$, by $1+k$, and the inner one by $1-k$, so it shrinks and fills up. Strictly, the parallelogram is the image of the cell only in the limit of small cells: it follows the cell's middle, and at $k = 0.9$ one sees that it misses the corners a little. (The *area* is the cell's exactly, as this determinant is linear in $z_2$.)
 #
-# At $k = 1$ the inner edge reaches the centre of the circle: the determinant is 0 there, and for $k > 1$ the strip overlaps itself. Then two $z$ have the same $x$, and the formula above does not hold any more.
+# At $k = 1$ the whole inner edge $z_2 = 1$ shrinks to one point, the centre of the circle, and the determinant is 0 there. For $k > 1$ the same happens to the line $z_2 = 1/k$, and what lies beyond it comes out turned over, on the other side; from $k = \pi/2$ on, whole areas lie on top of each other. Many $z$ have the same $x$, and the formula above does not hold any more.
 #
-# **By experiment.** 400,000 points, evenly spread over the square, are bent. The share that falls into a small disc, divided by the disc's area, must be the density. The test must be able to fail: a formula that *multiplies* by the determinant has to be found.
+# **By experiment.** 400,000 points, evenly spread over the square $[-1, 1]^2$, so with $\pi_0 = \frac14$, are bent. The share that falls into a small disc, divided by the disc's area, must be the density. The test must be able to fail: a formula that *multiplies* by the determinant has to be found.
 
 # %%
 many = bend(2 * torch.rand(400_000, 2, generator=g) - 1, 0.6)
@@ -294,6 +294,7 @@ def full_log_det(direction, values):
     """log|det| of the whole Jacobian matrix by autograd, sample by sample."""
     rows = []
     for value in values:
+        # [0] is the result without its log-determinant, and the second [0] the only sample
         J = torch.autograd.functional.jacobian(lambda one: direction(one[None])[0][0], value)
         rows.append(J.reshape(value.numel(), value.numel()))
     return torch.linalg.slogdet(torch.stack(rows)).logabsdet
@@ -324,14 +325,14 @@ for i in range(1, 5):
 # > **Each direction returns its result and the log-determinant of the map that it computes itself.**
 # > `forward(z)` gives $x$ and $\log|\det dx/dz|$; `inverse(x)` gives $z$ and $\log|\det dz/dx|$.
 #
-# Two things follow: at one point the two numbers sum to 0, and $\log p(x)$ is $\log\pi_0(z)$ *plus* what `inverse` returns. The density of a flow is three lines:
+# Two things follow: at one point the two numbers sum to 0, and $\log p(x)$ is $\log\pi_0(z)$ *plus* what `inverse` returns. The log-determinant is one number for each sample, of shape (B,). Apart from a check of the shape, the density of a flow is two lines (`total` sums all values of one sample):
 
 # %%
 show_source(flows.Flow.log_prob)
 
 # %% [markdown]
 # > **Spot the bug.** In a public library of flows, one layer returned the log-determinant of `forward` with the wrong sign. Below are two wrong versions of our layers: in the first, `inverse` has the sign of `forward`. In the second, *both* signs are wrong. Which of these three checks find which?
-# > (a) The two directions sum to 0. (b) The density integrates to 1. (c) Autograd.
+# > (a) The two log-determinants sum to 0. (b) The density, which calls `inverse`, integrates to 1. (c) The log-determinant of `forward` agrees with autograd.
 
 
 # %%
@@ -357,6 +358,9 @@ class BothWrong(OneWrong):
 
 
 # %%
+wide = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+
+
 def three_checks(layer):
     """Which of (a) the sum, (b) the integral, (c) autograd this layer passes."""
     z = torch.randn(4, 1, generator=g, dtype=torch.float64)
@@ -370,7 +374,6 @@ def three_checks(layer):
 
 
 # %%
-wide = torch.linspace(-20, 20, 4001, dtype=torch.float64)
 double = flows.ActNorm(1).double()
 double.log_scale.data.fill_(math.log(2))  # x = 2z
 claim("the right layer passes (a), (b) and (c)", three_checks(double) == [True, True, True])
@@ -380,12 +383,12 @@ claim(
 )
 claim("both signs wrong: (a) is content; (b) and (c) find it", three_checks(BothWrong(double)) == [True, False, False])
 wrong_integral = torch.trapezoid(flows.Flow(BothWrong(double), (1,)).log_prob(wide[:, None]).exp(), wide)
-claim("for x = 2z the wrong density integrates to 4 in place of 1", abs(wrong_integral - 4) < 1e-3)
+claim("for x = 2z the wrong density integrates to 2 / ½ = 4 in place of 1", abs(wrong_integral - 4) < 1e-3)
 
 # %% [markdown]
 # So the check that everyone writes first, (a), misses a sign that is wrong on both sides. (b) looks at `inverse` only and (c), as written, at `forward` only. Test all three, and autograd in both directions.
 #
-# What would training do with the wrong sign? Take data from $\mathcal N(0, 1)$ and the flow $x = e^s z$, and look at the average log-likelihood as $s$ moves. *Draw both curves before you look.* No density can do better on average than the true one, whose average is minus the entropy of the data, $-\frac12\log(2\pi e) = -1.42$ nats.
+# What would training do with the wrong sign? Take data from $\mathcal N(0, 1)$ and the flow $x = e^s z$, and look at the average log-likelihood as $s$ moves. That of the noise $z = xe^{-s}$ is $-\frac12\log2\pi-\frac12e^{-2s}$, as $\mathbb E[x^2] = 1$. The right sign then subtracts $s$, the wrong one adds it. *Draw both curves before you look.* No density can do better on average than the true one, whose average is minus the entropy of the data, $-\frac12\log(2\pi e) = -1.42$ nats.
 
 # %%
 s = torch.linspace(-1, 3, 81, dtype=torch.float64)
@@ -411,8 +414,8 @@ plots.curves(s, average, "s", "average log-likelihood (nats)", colors={"−entro
 # %% [markdown]
 # ## 2. Layers
 #
-# "Constrain $f$ so that it is easily invertible and its determinant easy to compute", says the slide. Why constrain it at all? For any network one could ask autograd for the Jacobian, as we did above. For a digit that is a matrix of $784\times784$: one backward pass for each of its 784 rows, and about $784^3/3$, some 160 million, multiplications for the determinant, for each image and each step of training. And nothing would make such a network invertible. So we build layers
-# whose Jacobian is nearly empty.
+# Constrain $f$ so that it is easy to invert and its determinant easy to compute, says the slide. Why constrain it at all? For any network one could ask autograd for the Jacobian, as we did above. For a digit that is a matrix of $784\times784$: one backward pass for each of its 784 rows, and about $784^3/3$, some 160 million, multiplications for the determinant, for each image and each step of training. And nothing would make such a network invertible. So we build layers
+# whose determinant can be read off without the matrix.
 #
 # ### 2.1 The affine coupling
 #
@@ -430,7 +433,7 @@ plots.curves(s, average, "s", "average log-likelihood (nats)", colors={"−entro
 #
 # $$J = \begin{bmatrix} I & 0\\[2pt] \dfrac{\partial x_b}{\partial z_a} & \mathrm{diag}\bigl(e^{s(z_a)}\bigr)\end{bmatrix},\qquad \log|\det J| = \sum_i s_i(z_a).$$
 #
-# The block at the lower left holds the derivatives of the networks, and it may be anything: a triangular matrix has its diagonal as its determinant. Sorting the values puts rows *and* columns in another order, which changes the sign twice, so not at all.
+# The block at the lower left holds the derivatives of the networks, and it may be anything: the determinant of a triangular matrix is the product of its diagonal. Sorting the values reorders rows *and* columns in the same way. Each of the two may change the sign of the determinant; together they leave it.
 
 # %%
 za, zb = sympy.symbols("z_a z_b", real=True)
@@ -440,7 +443,7 @@ claim("det J = e^s for any functions s and t", sympy.simplify(forward.jacobian([
 claim("(x_b − t) e^(−s) gives z_b back", sympy.simplify((forward[1] - T) * sympy.exp(-S) - zb) == 0)
 
 # %% [markdown]
-# In code a mask $m$ says what stays: 1 for $z_a$, 0 for $z_b$. The network gets $m\odot z$, and its outputs count where the mask is 0.
+# In code a mask $m$ says what stays: 1 for $z_a$, 0 for $z_b$. The network gets $m\odot z$, and its outputs count where the mask is 0. (`affine` and `affine_inverse` are the two formulas above, each with its sum of $\pm s$; `net` returns raw $s$ and $t$ in one tensor.)
 
 # %%
 show_source(flows.Coupling)
@@ -448,7 +451,7 @@ show_source(flows.Coupling)
 # %% [markdown]
 # (`limit` bends $s$ so that it stays within $\pm\log 1000$: one wild output of the network must not overflow the exponential.)
 #
-# The figure shows Jacobians of layers on six numbers, whose even places stay; darker means larger, and white is 0. *Where do you expect zeros in the first one? And what is left of them after three couplings, which keep the even, the odd and the even places?*
+# The figure shows Jacobians of layers on six numbers, whose even places (counted from 0) stay; darker means larger, and white is 0. *Where do you expect zeros in the first one? And what is left of them after three couplings, which keep the even, the odd and the even places?*
 
 # %%
 first, second = coupling(6, 1), coupling(6, 0)
@@ -461,7 +464,7 @@ made, axes = plots.panels(3, width=7.2, height=2.8)
 titles = ["one coupling", "the same, sorted", "three couplings"]
 for ax, matrix, title in zip(axes, [J, J[order][:, order], JJJ], titles, strict=True):
     ax.imshow(matrix.abs().sqrt(), cmap=style.DENSITY, vmin=0, vmax=1.2)
-    ax.set(title=title, xlabel="of z", ylabel="of x", xticks=range(6), yticks=range(6))
+    ax.set(title=title, xlabel="place of z", ylabel="place of x", xticks=range(6), yticks=range(6))
     names = order if title == "the same, sorted" else range(6)
     ax.set_xticklabels(names), ax.set_yticklabels(names)
     ax.grid(False)
@@ -475,21 +478,22 @@ claim(
     "three couplings: the sum of s is log|det| of the full matrix, to 1e-10",
     (all_three(z)[1] - full_log_det(all_three, z)).abs().max() < 1e-10,
 )
+claim("three couplings: no entry of the matrix is 0", bool((JJJ != 0).all()))
 claim("three couplings: there and back, to 1e-10", (all_three.inverse(all_three(z)[0])[0] - z).abs().max() < 1e-10)
 
 # %% [markdown]
-# One coupling: the rows 0, 2, 4 have a 1 and nothing else, as these values stay; the others depend on themselves and on what stays. Sorted, it is triangular. After three couplings every number depends on every other, no sorting helps, and yet the log-determinant is still a sum of nine numbers. This is the trick of flows: *each layer* has a simple Jacobian; their product has not.
+# One coupling: the rows 0, 2, 4 have a 1 and nothing else, as these values stay; the others depend on themselves and on what stays. Sorted, it is triangular. After three couplings every number depends on every other, no sorting helps, and yet the log-determinant is still a sum of nine numbers, three for each coupling. This is the trick of flows: *each layer* has a simple Jacobian; their product has not.
 #
 # > **Spot the bug.** A course tested its coupling layer like this: send zeros through it, send the result back, compare. What does this test let pass? (Two hints: flows are often started as the identity, with the last layer of $s$ and $t$ at zero. And what is $0\cdot e^s$?)
 
 
 # %%
 class Broken(flows.Coupling):
-    """Undoes the scale, and forgets the shift."""
+    """Undoes the shift, and forgets the scale."""
 
     def inverse(self, x):
-        log_scale, _ = self.parameters_of(self.mask * x)
-        return flows.affine_inverse(x, log_scale, torch.zeros_like(log_scale))
+        _, shift = self.parameters_of(self.mask * x)
+        return flows.affine_inverse(x, torch.zeros_like(shift), shift)
 
 
 def comes_back(layer, z):
@@ -505,13 +509,13 @@ claim(
     "fresh, the broken layer passes with zeros, and with random numbers",
     comes_back(broken, zeros) and comes_back(broken, random),
 )
-claim(
-    "with random weights it fails, and the right layer passes",
-    not comes_back(shaken(broken), random) and comes_back(first, random),
-)
+shaken(broken)
+claim("with random weights and zeros it still passes", comes_back(broken, zeros))
+claim("with random weights and random numbers it fails", not comes_back(broken, random))
+claim("the right layer passes that, too", comes_back(first, random))
 
 # %% [markdown]
-# The test passes any layer that does nothing at zero, and at the start every layer does nothing at all. A test of a flow needs random inputs *and* random weights. That is what `shaken` is for.
+# Two kinds of errors get through. With zeros, $z_b\odot e^s$ is 0 whatever $s$ is: a way back that forgets the scale, or has it the wrong way round, gives 0 all the same. And with fresh weights $s = t = 0$: every layer does nothing, right or wrong. So a test of a flow needs random inputs *and* random weights. That is what `shaken` is for.
 
 # %% [markdown]
 # ### 2.2 Masks and permutations
@@ -564,13 +568,13 @@ for dim, works in ((2, True), (4, False)):
 #
 # **Actnorm** gives each channel $c$ a scale and a shift, $x_c = z_c\,e^{s_c} + t_c$. Before training, one batch of data sets them, so that each channel has mean 0 and deviation 1 on its way to the noise. It takes the place of batch normalization, and does not mix the images of a batch.
 #
-# **A 1×1 convolution** multiplies the channels at each pixel by one learned matrix, $x = Wz$. A permutation is a special case.
+# **A 1×1 convolution** multiplies the channels at each pixel by one learned matrix, $x = Wz$. A permutation is a special case. $W$ must stay invertible: near a singular one the noise $W^{-1}x$ of the data grows without bound, and the loss with it.
 #
-# Both do the same at each of the $h\cdot w$ pixels. So the Jacobian is block-diagonal with $h\cdot w$ equal blocks, and
+# Both do the same at each of the $H\cdot W'$ pixels of an image of height $H$ and width $W'$. So the Jacobian is block-diagonal with $HW'$ equal blocks, and
 #
-# $$\log|\det J| = h\,w\sum_c s_c\qquad\text{and}\qquad\log|\det J| = h\,w\,\log|\det W|.$$
+# $$\log|\det J| = HW'\sum_c s_c\qquad\text{and}\qquad\log|\det J| = HW'\,\log|\det W|.$$
 #
-# The factor $h\,w$ is easily forgotten. Autograd remembers it:
+# The factor $HW'$ is easily forgotten. Autograd remembers it:
 
 # %%
 image = torch.randn(2, 4, 3, 2, generator=g, dtype=torch.float64)  # 4 channels, 3 × 2 pixels
@@ -608,7 +612,7 @@ plots.grid(torch.cat([seven, large]), labels=["28 × 28", "channel 0", "1", "2",
 # %% [markdown]
 # Four small sevens, each made of every second pixel in every second row. They are nearly alike: given two of them, the others are easy to guess. That is the work of a coupling with a channel mask.
 #
-# `Split` saves work. On the way to the noise, after some layers at 14×14, half of the channels leave: they are taken as noise already. Only the other half goes on, squeezed once more, to 7×7. *(RealNVP calls it the multi-scale architecture.)* Nothing gets lost, the numbers that left are part of $z$: $784 = 2\cdot14\cdot14 + 8\cdot7\cdot7$.
+# `Split` saves work. On the way to the noise, after some layers at 14×14, half of the channels leave: they are taken as noise already. Only the other half goes on, squeezed once more, to 7×7. *(RealNVP calls it the multi-scale architecture.)* In formulas: cut the channels into $a$ and $b$, where $b$ leaves; then $\log p(a, b) = \log\mathcal N(b; 0, I) + \log p(a)$, and $p(a)$ is the density of the flow that goes on. Nothing gets lost, the numbers that left are part of $z$: $784 = 2\cdot14\cdot14 + 8\cdot7\cdot7$.
 #
 # Now all layers at once: there and back to $10^{-10}$ in float64, and the log-determinants of both directions against the full Jacobian.
 
@@ -624,7 +628,7 @@ layers = {
     "1×1 convolution": (mix, (4, 2, 3)),
     "squeeze": (flows.Squeeze(conv), (1, 4, 6)),
     "split": (flows.Split(norm), (8, 2, 2)),
-    "all of RealNVP": (shaken(flows.RealNVP(8, (8, 8), 1, (2, 2, 2)), 0.05).transform, (1, 8, 8)),
+    "all of RealNVP": (shaken(flows.RealNVP(side=8, widths=(8, 8), blocks=1, couplings=(2, 2, 2)), 0.05).transform, (1, 8, 8)),
 }
 for name, (layer, shape) in layers.items():
     z = torch.randn(2, *shape, generator=g, dtype=torch.float64)
@@ -669,7 +673,9 @@ claim("coupling: and about equal time, within a factor of 2", 0.5 < ratio < 2)
 # %% [markdown]
 # This is no law of nature. The **planar** layer is a counterexample, and older than RealNVP: push all points along one direction $u$, by an amount that depends on where they are along another direction $w$,
 #
-# $$x = z + u\,\tanh(w^\top z + b),\qquad J = I + u\,h'\,w^\top,\qquad |\det J| = |1 + h'\,u^\top w|,\qquad h' = 1-\tanh^2(w^\top z+b).$$
+# $$x = z + u\,\tanh(w^\top z + b),\qquad J = I + u\,h'\,w^\top,\qquad |\det J| = |1 + h'\,u^\top w|,\qquad h' = 1-\tanh^2(w^\top z+b),$$
+#
+# where $h'$ is the derivative of the hyperbolic tangent.
 #
 # The determinant is cheap in any dimension: a matrix of rank one, added to the identity, changes the determinant by one scalar product.
 
@@ -682,7 +688,7 @@ planar, z = shaken(flows.Planar(3, g)), torch.randn(4, 3, generator=g, dtype=tor
 claim("the layer's log-determinant is autograd's", (planar(z)[1] - full_log_det(planar, z)).abs().max() < 1e-10)
 
 # %% [markdown]
-# **And the inverse?** Multiply $x = z+u\tanh(\dots)$ by $w^\top$ and write $a = w^\top z$. What is left is one equation for one number, $a + c\,\tanh(a+b) = w^\top x$ with $c = u^\top w$. It has no solution in closed form. *For which $c$ has it exactly one?* Look at its left side:
+# **And the inverse?** Multiply $x = z+u\tanh(\dots)$ by $w^\top$ and write $a = w^\top z$. What is left is one equation for one number, $a + c\,\tanh(a+b) = w^\top x$ with $c = u^\top w$. It has no solution in closed form. *For which $c$ has it exactly one?* Look at its left side (with $b = 0$; another $b$ only moves the curve):
 
 # %%
 a = torch.linspace(-4, 4, 401)
@@ -693,7 +699,7 @@ plots.curves(a, {f"c = {c}": a + c * torch.tanh(a) for c in (2, -0.9, -2.5)}, "a
 #
 # $$\hat u = u + \bigl(\mathrm{softplus}(u^\top w) - 1 - u^\top w\bigr)\,\frac{w}{\lVert w\rVert^2},\qquad \hat u^\top w = \mathrm{softplus}(u^\top w)-1 > -1.$$
 #
-# Then $a$ can be searched for: halve an interval, 60 times.
+# (At $c = -1$ the slope is 0 at one point, and so is the determinant; hence $>$.) Then $a$ can be searched for. As $|\tanh|<1$, it lies within $\pm|c|$ of $w^\top x$: halve this interval 60 times.
 
 # %%
 x, log_det = planar(z)
@@ -723,6 +729,8 @@ for name, length in {"‖w‖²": w.square().sum(), "‖w‖": w.norm()}.items()
     )
 
 # %% [markdown]
+# $u$ is changed by $\lVert w\rVert$ times what is needed. At $\lVert w\rVert = \frac12$ only half of the way is made: from $u^\top w = -5$ to $-3$, still below $-1$. The layer folds, and its "inverse" finds one of three points. With length 1 both formulas agree.
+#
 # ## 3. Densities in the plane
 #
 # "Now we can directly maximize $\log p(x)$", says the slide: the loss is minus the average log-likelihood of the data, and nothing else. No bound, no second network. Why is it the right thing to do? By the definition of the KL divergence,
@@ -731,7 +739,7 @@ for name, length in {"‖w‖²": w.square().sum(), "‖w‖": w.norm()}.items()
 #
 # where $q$ is the distribution of the data. The first term has no $\theta$. So the loss is the KL divergence from data to model, up to a constant.
 #
-# We train on two moons. To measure how good the flow is we need the true density, so we write it down: points on two half circles, blurred a little, are a mixture of very many narrow Gaussians. The flow has eight couplings, which keep the second and the first coordinate in turn, each with a small network.
+# We train on two moons. To measure how good the flow is we need the true density, so we write it down: points on two half circles, blurred with deviation 0.08, are a mixture of very many narrow Gaussians. The flow has eight couplings, which keep the second and the first coordinate in turn, each with a small network.
 
 # %%
 arc = torch.linspace(0, math.pi, 60)
@@ -770,7 +778,7 @@ claim("point by point, the flow's density is the larger one at some", (gap < 0).
 # %% [markdown]
 # (On average over the data, the true density wins. At single points it need not.)
 #
-# Now look inside. Noise goes in on the left; each panel is what it has become after two more couplings. The colour of a point says where in the noise it began, left or right of the middle. *How does a round cloud become two separate moons?*
+# Now look inside. Noise goes in on the left; each panel is what it has become after two more couplings. The colour of a point says where in the noise it began, left or right of the middle. *How does a round cloud become two moons?* (Some points leave the frame on the way.)
 
 # %%
 states = [torch.randn(2000, 2, generator=g)]
@@ -785,7 +793,7 @@ after = ["noise"] + [f"{i} couplings" for i in range(1, 8)] + ["all 8"]
 plots.film_points(states[::2], times=after[::2], labels=origin, extent=(-3, 3, -3, 3))
 
 # %% [markdown]
-# A coupling moves points along one axis only, by an amount that depends on the other coordinate: shears and stretches, in turn. Bit by bit the cloud is pulled into two arms.
+# A coupling moves points along one axis only; the other coordinate says how far they are shifted and stretched. Bit by bit the cloud is pulled into two arms. Between them some points are left over. Keep them in mind.
 #
 # Now the density. On the right it is drawn once more as its fourth root, which makes visible what is faint. *What do you expect between the moons, where there are no data?*
 
@@ -800,8 +808,8 @@ for ax in axes[1:]:
 made
 
 # %% [markdown]
-# There is a faint **bridge** from moon to moon, and the fourth root shows it clearly. Hardly any data lie there. Longer training makes the bridge thinner, but it cannot remove it: $f$ is continuous and so is its inverse. A round cloud of noise is in one piece, and a continuous map of something in one piece is in one piece. Such a map can stretch and bend the plane, but not tear it. Wherever the noise has a density above 0, so has
-# $x = f(z)$; all that the flow can do is to make the bridge thin. Section 5 measures it.
+# There is a faint **bridge** from moon to moon, and the fourth root shows it clearly. Hardly any data lie there. It is no accident of a short training. $f$ is continuous and so is its inverse, and a continuous map of something in one piece is in one piece. Such a map can stretch and bend the plane, but not tear it, so the density is nowhere 0.
+# (The true density is not 0 there either, but very much smaller. How small a flow can make it depends on how steep $f$ may be.) Section 5 measures it.
 
 # %% [markdown]
 # ## 4. Images
@@ -810,7 +818,7 @@ made
 #
 # A digit's pixel is one of 256 grey levels. A flow has a density, and here lies a trap. *What is the largest average log-density that a model can give to grey levels?*
 #
-# Take the simplest model of a pixel: a box of width $w$ around each level $k$, with as much probability $P(k)$ as the level has in the data. Its density on the level is $P(k)/w$. Let the boxes get narrow, and watch minus the average logarithm to base 2, the "bits per pixel":
+# Take the simplest model of a pixel: a box of width $\delta$ around each level $k$, with as much probability $P(k)$ as the level has in the data. Its density on the level is $P(k)/\delta$. Let the boxes get narrow, and watch minus the average logarithm to base 2, the "bits per pixel":
 
 # %%
 grey = ((digits + 1) * 127.5).round().long()
@@ -819,10 +827,10 @@ widths = 2.0 ** -torch.arange(8, 41)  # the first is 1/256, the distance of two 
 bits = torch.stack([-(frequency / w).clamp(min=1e-300).log2() @ frequency for w in widths])
 claim("each halving of the width 'saves' one bit", torch.allclose(bits.diff(), torch.tensor(-1.0).double()))
 claim("with narrow boxes the bits are below −20", bits[-1] < -20)
-plots.curves(widths, {"bits": bits}, "width of the boxes", "−log₂ density, per pixel", logx=True)
+plots.curves(widths.flip(0), {"bits": bits.flip(0)}, "width of the boxes", "−log₂ density, per pixel", logx=True)
 
 # %% [markdown]
-# There is no floor. The model learns nothing about digits, and its likelihood is as large as you like, because a density on single points is unbounded. A flow that is trained on raw grey levels finds this out.
+# From right to left, as the boxes get narrow, there is no floor. The model learns nothing about digits, and its likelihood is as large as you like, because a density on single points is unbounded. A flow that is trained on raw grey levels finds this out.
 #
 # The remedy is to fill the gaps between the levels: **dequantization**. Add noise $u$, uniform in $[0, 1)$, to the level $k\in\{0,\dots,255\}$ of each of the $D$ pixels, and divide: $y = (k+u)/256$. Every level now owns a whole cell of width $\frac1{256}$, and spikes no longer pay.
 #
@@ -849,27 +857,26 @@ claim("the probabilities of the 8 levels sum to 1", abs(exact.exp().sum() - 1) <
 claim("the bound lies below log P(k), for every level", (bound < exact).all())
 noise = torch.rand(digits.shape, generator=g)
 y = flows.dequantize(digits, noise)  # what the flow of section 4.4 is given
-there = flows.dequantize(digits.double(), noise.double())  # in float32 one u in a hundred thousand rounds up a level
-claim("dequantize, then quantize: the same digits", torch.allclose(flows.quantize(there), digits.double(), atol=1e-6))
+claim("dequantize, then quantize: the same digits", torch.allclose(flows.quantize(y), digits, atol=1e-6))
 plots.curves(torch.arange(levels), {"log P(k)": exact, "the bound": bound}, "level k", "nats")
 
 # %% [markdown]
-# The bound lies below at every level, and close, except where the density falls steeply within a cell.
+# The bound lies below at every level, and close, except where the density changes steeply within a cell (levels 0, 6 and 7).
 
 # %% [markdown]
 # ### 4.2 The logit
 #
-# $y$ lies in $[0, 1]$, but a chain of couplings makes numbers of any size: part of its probability would lie outside, on no image at all. So the last layer of the flow squashes all numbers into $[0, 1]$ by the sigmoid, $\mathrm{sigmoid}(z) = 1/(1+e^{-z})$. In the direction of training it is the *logit*:
+# From here on the data $x$ of the flow are these $y$. $y$ lies in $[0, 1]$, but a chain of couplings makes numbers of any size: part of its probability would lie outside, on no image at all. So the last layer of the flow squashes every number $\ell$ by a sigmoid, $1/(1+e^{-\ell})$, and stretches the result a little. In the direction of training it is the *logit*:
 #
-# $$z = \mathrm{logit}\bigl(\lambda+(1-2\lambda)\,y\bigr),\qquad \mathrm{logit}(v) = \log\frac{v}{1-v}.$$
+# $$\ell = \mathrm{logit}\bigl(\lambda+(1-2\lambda)\,y\bigr),\qquad \mathrm{logit}(v) = \log\frac{v}{1-v}.$$
 #
-# The small margin $\lambda$ keeps black and white away from $\pm\infty$. Write $v = \lambda+(1-2\lambda)\,y$. Then $\frac{dz}{dy} = \frac{1-2\lambda}{v\,(1-v)}$, so each pixel adds $\log(1-2\lambda)-\log v-\log(1-v)$ to $\log|\det dz/dy|$.
+# The small margin $\lambda$ keeps black and white away from $\pm\infty$. Its price: on the way to data $y$ may leave $[0, 1]$ by about $\lambda$. Of the samples of our flow four in five do so in some pixel, but it costs only about 0.003 bits per dimension. Write $v = \lambda+(1-2\lambda)\,y$. Then $\frac{d\ell}{dy} = \frac{1-2\lambda}{v\,(1-v)}$, so each pixel adds $\log(1-2\lambda)-\log v-\log(1-v)$ to $\log|\det d\ell/dy|$.
 
 # %%
 Y, lam = sympy.symbols("y lambda", positive=True)
 v = lam + (1 - 2 * lam) * Y
 slope = sympy.log(v / (1 - v)).diff(Y)
-claim("dz/dy = (1 − 2λ) / (v (1 − v))", sympy.simplify(slope - (1 - 2 * lam) / (v * (1 - v))) == 0)
+claim("dℓ/dy = (1 − 2λ) / (v (1 − v))", sympy.simplify(slope - (1 - 2 * lam) / (v * (1 - v))) == 0)
 squash = flows.Logit(margin=1e-5)
 ys = y[0, 0, 12:14, 8:14].double()[None]  # twelve pixels of a digit
 zs, log_det = squash.inverse(ys)
@@ -878,21 +885,21 @@ made, (left, right) = plots.panels(2, width=7.2, height=2.8)
 left.hist(y[:500].flatten(), 60, density=True, color=style.DATA)
 right.hist(squash.inverse(y[:500])[0].flatten(), 60, density=True, color=style.DATA)
 left.set(xlabel="pixel y, dequantized", ylabel="density", yscale="log")
-right.set(xlabel="after the logit, z", ylabel="density")
+right.set(xlabel="after the logit, ℓ", ylabel="density")
 made
 
 # %% [markdown]
 # On the left nearly everything stands in the first of the bars, the black background. The logit pulls it apart: on the right it is a hill of its own, to the left of $-5$. The ink lies to the right of it, with a small hill near 5 for the white pixels.
 
 # %% [markdown]
-# > **Spot the bug.** A flow is trained without the log-determinant of its logit: the layer is "only preprocessing". The samples are fine. What is wrong with the reported likelihood, and by how much?
+# > **Spot the bug.** A flow is trained without the log-determinant of its logit: the layer is "only preprocessing". The samples are fine. Are the reported bits too high or too low, and roughly by how many for each pixel? (Most pixels are black, with $v\approx\frac1{512}$. Bits for each pixel are nats divided by $D\log 2$.)
 
 # %%
 _, forgotten = squash.inverse(y[:500])
 claim("on average the forgotten term is above 6 bits for each pixel", bits_per_dim(forgotten, y).mean() > 6)
 
 # %% [markdown]
-# The term has no parameters, so training and samples stay the same. But the number is a likelihood in other coordinates, of $z$ and not of $y$. It must not be compared with that of any other model. Densities change with the unit of measurement; probabilities do not.
+# The term is positive, so the reported bits are too *high*, by more than 6 for each pixel: this slip makes the model look worse than it is. It has no parameters, so training and samples stay the same. But the number is a likelihood in other coordinates, of $\ell$ and not of $y$. It must not be compared with that of any other model. Densities change with the unit of measurement; probabilities do not.
 
 # %% [markdown]
 # ### 4.3 Bits per dimension
@@ -901,7 +908,7 @@ claim("on average the forgotten term is above 6 bits for each pixel", bits_per_d
 #
 # $$\text{bits per dimension} = \frac{-\log p(y) + D\log256}{D\log2} = \frac{-\log p(y)}{D\log 2} + 8.$$
 #
-# It has a plain meaning: about so many bits for each pixel would a file need if this model compressed the image. Guessing all levels alike costs 8.
+# It has a plain meaning: at most about so many bits for each pixel would a file need if this model compressed the image. Guessing all levels alike costs 8.
 #
 # A number needs something to compare it with. Here are three models of a digit that need no network. *Guess their bits for a pixel of MNIST:* (a) all levels alike; (b) each pixel by itself, by how frequent its level is in all images; (c) `lzma`, a general-purpose compressor, on the file of all 2,000 test digits.
 
@@ -920,7 +927,18 @@ claim("(c) lzma: between 1.3 and 1.5 bits", 1.3 < packed < 1.5)
 # %% [markdown]
 # ### 4.4 RealNVP on digits
 #
-# Now put everything together. The order is that from data to noise: logit; squeeze to 4×14×14; couplings with checkerboard masks, then with channel masks, an actnorm with each; half of the channels leave; squeeze to 8×7×7; more couplings. (A checkerboard of the full image, squeezed, is a channel mask: channels 0 and 3 stay. So all networks can work at 14×14, at a quarter of the cost.) It takes longer than half a minute to train,
+# Now put everything together. From data to noise, with an actnorm beside each coupling:
+#
+# | step | shape after it |
+# |---|---|
+# | logit | 1×28×28 |
+# | squeeze | 4×14×14 |
+# | 4 couplings with checkerboard masks, then 4 with channel masks | 4×14×14 |
+# | split: 2×14×14 numbers leave | 2×14×14 |
+# | squeeze | 8×7×7 |
+# | 8 couplings with channel masks | 8×7×7 |
+#
+# (A checkerboard of the full image, squeezed, is a channel mask: channels 0 and 3 stay. So the networks of these couplings, too, work at 14×14, at a quarter of the cost.) It takes longer than half a minute to train,
 # so a trained one comes with the course.
 
 # %%
@@ -949,17 +967,17 @@ bits = bits_per_dim(-log_p, test) + 8
 claim("digit → noise → digit, to 1e-4 in float32", (again - test[:50]).abs().max() < 1e-4)
 claim("test digits cost below 1.3 bits per dimension, and less than with lzma", bits.mean() < min(1.3, packed))
 norms = z_test.flatten(1).norm(dim=1)
-claim("their noise is about as long as noise is: √784 = 28, to 5 % on average", abs(norms.mean() / 28 - 1) < 0.05)
+claim("their noise is about as long as noise is (E‖z‖² = 784, and √784 = 28), to 5 % on average", abs(norms.mean() / 28 - 1) < 0.05)
 
 # %% [markdown]
-# So the flow knows more about digits than a compressor does. Does it draw them? The first row shows real digits, the others are drawn: noise in, one pass, no chain.
+# So the flow knows more about digits than a general-purpose compressor that has seen no others. Does it draw them? The first row shows real digits, the others are drawn: noise in, one pass through the flow.
 
 # %%
 drawn = flows.quantize(digit_flow.sample(30, generator=g))
 plots.rows([digits[:10], *drawn.split(10)], labels=["real", "drawn", "", ""])
 
 # %% [markdown]
-# Strokes of the right width, pen and paper, all sharp. Some are digits; many are parts of digits that do not fit together. The likelihood is the sum over all pixels, and neighbours decide nearly all of it. Which of ten classes it is makes at most $\log_2 10 = 3.3$ bits, out of about 900.
+# The strokes are sharp, and most have the right width. Some are digits; others are parts of digits that do not fit together. The log-likelihood is a sum over all pixels, each given those before it, and neighbours decide nearly all of it. To know the class saves at most $\log_2 10 = 3.3$ bits on average, out of some 870 (784 pixels at 1.1 bits).
 #
 # Which test digits does the flow find probable? *Guess which class is at the top.*
 
@@ -975,9 +993,9 @@ claim("the ten most probable digits are ones, all or nearly all", (names[order[:
 claim("an empty sheet is more probable than every one of the 400 digits", empty.max() < bits.min())
 
 # %% [markdown]
-# The most probable digits are those with the least ink, and an empty sheet, which is no digit, beats them all: a *density* is high where an image is easy to predict. That is no contradiction. There is one empty sheet and there are very many digits: each of them is less probable, but together they have nearly all of the probability. (In 784 dimensions the highest density of a Gaussian is at 0, and its samples have a length of about 28 all the same.)
+# The most probable digits are the plainest: single upright strokes with smooth edges. The least probable have loops. And an empty sheet, which is no digit, beats them all: a *density* is high where an image is easy to predict. That is no contradiction. There is one empty sheet and there are very many digits: each of them is less probable, but together they have nearly all of the probability. (In 784 dimensions the highest density of a Gaussian is at 0, and its samples have a length of about 28 all the same.)
 #
-# So a likelihood tells how well a model predicts images of this kind, and is the fair way to compare two models of one data set. It does not tell whether an image is a good digit.
+# So a likelihood tells how well a model predicts images of this kind, and is a fair way to compare two models in that. It does not tell whether an image is a good digit.
 
 # %% [markdown]
 # ### 4.5 Temperature and interpolation
@@ -996,9 +1014,9 @@ def warm(temperature):
 widgets.explore(warm, temperature=([0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2], 0.7))
 
 # %% [markdown]
-# At $\tau = 0$ all are the same image, a blob of ink: that of the noise 0. Somewhat below 1 the strokes are smoother and the images calmer, at the price of variety. Above 1 they fall apart. A temperature does not draw from the model's $p$ any more, and not simply from a sharpened $p$ either: only where $|\det J|$ is constant would scaling the noise be the same as raising $p$ to a power.
+# At $\tau = 0$ all are the same image, a blob of ink: that of the noise 0. Somewhat below 1 the strokes are smoother and the images calmer, at the price of variety. Above 1 they fall apart. A temperature does not draw from the model's $p$ any more, and not from a sharpened $p$ either: the density of $\tau\epsilon$ is $\pi_0$ to a power, up to a factor, but the determinant that turns it into a density of images does not go to that power with it.
 #
-# **Interpolation.** Every test digit has its noise, exactly one. So one can walk from one digit to another through the noise. A straight line leads through noise that is too short: half-way between two independent $z$ of length 28 the length is $28/\sqrt2$, a temperature of 0.7. A walk along the circle from one to the other keeps the length. *How will the three rows differ in the middle?* (Top: mixed pixels, without a flow.)
+# **Interpolation.** Every *dequantized* test digit has its noise, exactly one. So one can walk from one digit to another through the noise. A straight line leads through noise that is too short: half-way between two independent $z$ of length 28 the length is $28/\sqrt2$, a temperature of 0.7. (Independent vectors of many dimensions are nearly at right angles. These two are not quite independent, so the length falls less far.) A walk along the circle from one to the other keeps the length. *How will the three rows differ in the middle?* (Top: mixed pixels, without a flow.)
 
 # %%
 pair = [int((names == c).nonzero()[i]) for c, i in ((1, 0), (7, 0))]
@@ -1010,7 +1028,7 @@ circle = (torch.sin((1 - weights) * angle) * start + torch.sin(weights * angle) 
 pixels = (1 - weights) * test[pair[0]] + weights * test[pair[1]]
 half = [path[4].norm() / ((start.norm() + end.norm()) / 2) for path in (straight, circle)]
 claim(
-    "half-way, the straight line's noise has less than 0.85 of the length; the circle's 1, to 2 %",
+    "half-way, the straight line's noise has less than 0.85 of the length; the circle's all of it, to 2 %",
     half[0] < 0.85 and abs(half[1] - 1) < 0.02,
 )
 with torch.no_grad():
@@ -1018,12 +1036,12 @@ with torch.no_grad():
 plots.rows([2 * walk - 1 for walk in walks], labels=["pixels", "straight", "circle"])
 
 # %% [markdown]
-# Mixed pixels show one digit fading out and another fading in: two grey digits on one sheet. The flow's images are made of strokes all the way. (Whether all of them are digits is another matter.)
+# Mixed pixels show one digit fading out and another fading in: two grey digits on one sheet. The flow's images are made of strokes all the way. The straight row passes through noise that is too short, so it looks like a temperature below 1: smooth and calm. The circle keeps the length, and its middle looks like the flow's own samples, breaks and specks included. Nicer is not more typical.
 
 # %% [markdown]
 # ## 5. What "invertible" costs, and the bridge to diffusion
 #
-# A flow has what VAE and GAN lack: an exact likelihood, one simple loss, a noise for each image. The price is the word *invertible*. It is paid three times.
+# A flow has what VAE and GAN lack: an exact density, one simple loss, a noise for each dequantized image. The price is the word *invertible*. It is paid three times.
 #
 # **The dimension.** An invertible map with a determinant needs as many numbers in $z$ as in $x$. A VAE may say a digit in twenty numbers. The flow has 784, whatever there is to say, for every pixel that is always black, too.
 
@@ -1034,7 +1052,7 @@ claim("more than 150 of the 784 pixels are black in all 2,000 test digits; each 
 # %% [markdown]
 # **The layers.** Only special layers will do. A coupling lets half of the values pass unchanged, so many of them are needed. No pooling, no bottleneck, no attention of everything to everything, except inside of $s$ and $t$, which must not see what they change.
 #
-# **The topology.** The bridge of section 3 has a price that can be computed. Take one dimension, noise $\mathcal N(0,1)$, and two humps of deviation $\sigma = \frac14$ at $\pm m$. The increasing map that makes one of the other is $f = F^{-1}\circ\Phi$, with the cumulative distributions of both. By symmetry $f(0) = 0$, and section 1.1 gives its slope there:
+# **The topology.** The bridge of section 3 has a price that can be computed. Take one dimension, noise $\mathcal N(0,1)$, and two humps of deviation $\sigma = \frac14$ at $\pm m$. The increasing map that makes one of the other is $f = F^{-1}\circ\Phi$, where $\Phi$ is the cumulative distribution of the noise and $F$ that of the two humps. By symmetry $f(0) = 0$, and section 1.1 gives its slope there:
 #
 # $$f'(0) = \frac{\pi_0(0)}{p(0)} = \frac{1/\sqrt{2\pi}}{e^{-m^2/2\sigma^2}/(\sigma\sqrt{2\pi})} = \sigma\,e^{\,m^2/(2\sigma^2)}.$$
 #
@@ -1054,24 +1072,20 @@ claim("humps at ±1 need a slope above 700", 700 < sigma * math.exp(1 / (2 * sig
 plots.curves(far, {"slope": steep}, "m: the humps are at ±m", "slope of f at 0", logy=True)
 
 # %% [markdown]
-# The slope grows faster than exponentially with the distance. (The axis is logarithmic, and the curve still bends upwards.) Turn it round: if no slope of $f$ exceeds $L$, then at every point $p(x) = \pi_0(z)/|f'(z)|\ge\pi_0(z)/L$. So at the median, where $z = 0$, **the density is at least $0.4/L$**: this is the bridge. It is thin if $L$ is large, and never gone.
+# For humps at $\pm1$ the slope is 745, and it grows faster than exponentially with the distance. (The axis is logarithmic, and the curve still bends upwards.) Turn it round: if no slope of $f$ exceeds $L$, then at every point $p(x) = \pi_0(z)/|f'(z)|\ge\pi_0(z)/L$. So at the median, where $z = 0$, **the density is at least** $\pi_0(0)/L = 1/(L\sqrt{2\pi})\approx 0.4/L$: this is the bridge. It is thin if $L$ is large, and never gone.
 #
-# In the plane the same holds for the share of points in the gap. Let two regions $A$ and $B$ lie at a distance $d$, and let $f$ stretch no direction by more than $L$ ($f$ is *$L$-Lipschitz*). Then their noise lies at least $d/L$ apart. A strip of that width through the middle of a Gaussian has some probability, and no set that separates two halves can have less. (This is the Gaussian isoperimetric inequality; we take it on trust.) If $A$ and $B$ have the same probability, the gap has at least
+# In the plane the same holds for the share of points in the gap. Let two regions $A$ and $B$ lie at a distance $d$, and let $f$ stretch no direction by more than $L$ ($f$ is *$L$-Lipschitz*). Then their noise lies at least $d/L$ apart. Of all sets that keep two halves of equal probability at least $d/L$ apart, a straight strip through the middle has the least probability. (This is the Gaussian isoperimetric inequality; we take it on trust.) If $A$ and $B$ have the same probability, the gap has at least
 #
-# $$P(\text{gap})\ \ge\ 2\,\Phi\Bigl(\frac{d}{2L}\Bigr) - 1\ \approx\ 0.4\,\frac dL.$$
+# $$P(\text{gap})\ \ge\ 2\,\Phi\Bigl(\frac{d}{2L}\Bigr) - 1\ \approx\ 0.4\,\frac dL\quad\text{for small } d/L.$$
 #
 # On the line we can check it with the map of section 1.1, whose largest slope is $a$ (for $a\ge1$).
 
 # %%
 for a, d in ((2.0, 1.0), (4.0, 1.0), (4.0, 3.0)):
-    x, of_x = bent(line, a), of_z / bent_slope(line, a)
-    gap = (x - 0.0).abs() <= d / 2
-    share = torch.trapezoid(torch.where(gap, of_x, 0.0), x)
-    least = 2 * stats.norm.cdf(d / (2 * a)) - 1
-    claim(
-        f"slope {a:.0f}, gap {d:.0f}: the share in the gap is at least 2Φ(d/2L) − 1, and at most 2.5 times that",
-        least * 0.97 < share < 2.5 * least,
-    )
+    edge = optimize.brentq(lambda z, a=a, d=d: z + (a - 1) / 2 * math.tanh(2 * z) - d / 2, 0, d)  # f(edge) = d/2
+    share, least = 2 * stats.norm.cdf(edge) - 1, 2 * stats.norm.cdf(d / (2 * a)) - 1
+    claim(f"slope {a:.0f}, gap {d:.0f}: the share in the gap is at least 2Φ(d/2L) − 1", share > least)
+    claim("and not far above it", share < 1.2 * least)
 
 # %% [markdown]
 # Now the flow of section 3, and the bridge between its moons. Take the region of highest density that holds a share of the flow's probability. For a small share it is two moons, for a large one it is a single piece. *From which share on is it in one piece?* As we know the true density, we can ask the same of the data.
@@ -1079,46 +1093,50 @@ for a, d in ((2.0, 1.0), (4.0, 1.0), (4.0, 3.0)):
 
 # %%
 def one_piece_from(log_p):
-    """The smallest share whose region of highest density, on a grid, has both moons in one piece."""
+    """The smallest share (of a list) whose region of highest density, on a grid, has both moons in one piece."""
     height = log_p.exp().reshape(301, 301).double()
     levels = height.flatten().sort(descending=True).values
     held = levels.cumsum(0) / levels.sum()
-    for share in (0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999):
+    for share in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999):
         region = height >= levels[(held < share).sum()]
-        pieces = torch.tensor(ndimage.label(region.numpy())[0])
-        if pieces[right_moon] == pieces[left_moon] != 0:
+        pieces = torch.tensor(ndimage.label(region.numpy())[0])  # the connected pieces, numbered
+        if pieces[upper_moon] == pieces[lower_moon] != 0:
             return share
     return 1.0
 
 
 # %%
-right_moon, left_moon = (tuple(((way[30] + 3) / 0.02).round().long().tolist()) for way in (upper, -upper))
+# The middles of the two arcs, as places on the grid.
+upper_moon, lower_moon = (tuple(((way[30] + 3) / 0.02).round().long().tolist()) for way in (upper, -upper))
 shares = one_piece_from(flow.log_prob(plane)), one_piece_from(truth.log_prob(plane))
-claim("the flow: one piece at a share of 98 %, or before", shares[0] <= 0.98)
+claim("the flow: two pieces at a share of 30 %, one at 98 % or before", 0.3 < shares[0] <= 0.98)
 claim("the data: still two pieces at 99 %", shares[1] > 0.99)
 
 # %% [markdown]
-# The data have hardly a path from moon to moon; the flow has one. What lies on it are samples that look like nothing in the data. With digits it is the same: between the classes there are images that are no digits, and the flow must draw some of them.
+# The data have hardly a path from moon to moon; the flow has one. What lies on it are samples that look like nothing in the data. With digits one expects the same wherever the classes are apart.
 #
-# And the map is steeper there than elsewhere. The largest stretch of $f$ at a point is the largest singular value of its Jacobian:
+# Off the moons the map is also steeper, on average, though not at every point. The largest stretch of $f$ at a point is the largest singular value of its Jacobian:
 
 # %%
 noise = torch.randn(4000, 2, generator=g)
 J = torch.func.vmap(torch.func.jacrev(lambda one: flow.transform(one[None])[0][0]))(noise)
 stretch, made_of_it = torch.linalg.matrix_norm(J, 2), flow.transform(noise)[0]
-on_bridge, fresh_off = (torch.cdist(x, torch.cat([upper, -upper])).min(1).values > 0.24 for x in (made_of_it, fresh))
-shares = on_bridge.double().mean(), fresh_off.double().mean()
-claim("three deviations off the moons: below 0.6 % of the data, over 1 % of the flow's points", shares[1] < 0.006 and shares[0] > 0.01)
-claim("the map is steeper there, on average", stretch[on_bridge].mean() > 1.2 * stretch[~on_bridge].mean())
+arcs = torch.cat([upper, -upper])
+off_moons, data_off = (torch.cdist(x, arcs).min(1).values > 0.24 for x in (made_of_it, fresh))
+few, many = data_off.double().mean(), off_moons.double().mean()
+claim("three deviations off the moons: below 0.6 % of the data, over 1 % of the flow's points", few < 0.006 and many > 0.01)
+claim("the map is steeper there, on average", stretch[off_moons].mean() > 1.2 * stretch[~off_moons].mean())
 
 # %% [markdown]
 # ### Why adding noise removes it
 #
 # "Similar to flow; no longer constrained to reversible operations; add noise to image until you get just noise", says the slide that comes next. Let us take it word by word, on the line, with the two humps at $\pm1$.
 #
+# Take care: the words turn round here. In diffusion *forward* goes from data to noise; $x_0$ is data, $x_T$ is noise, and $q$ is the distribution of the data and of all that is made of it.
+#
 # **Forward.** Add noise to data: $x_T = \alpha\,x_0+\sqrt{1-\alpha^2}\,\epsilon$ with a small $\alpha$, here 0.1. As an operation on *points* this is not invertible at all. The same $x_T$ can come from the left hump or from the right one.
 #
-# **Back.** But nobody needs the point back. To draw samples it is enough to undo what happened to the *distribution*. And a random step can: given $x_T$, draw $x_0$ from
+# **Back.** But nobody needs the point back. To draw samples it is enough to undo what happened to the *distribution*. And a random step can: given $x_T$, draw $x_0$ from its distribution by Bayes' rule,
 #
 # $$q(x_0\mid x_T)\ \propto\ q(x_0)\,\mathcal N(x_T;\ \alpha x_0,\ 1-\alpha^2).$$
 #
@@ -1156,7 +1174,7 @@ cumulative = (two.log_prob(fine[:, None]).exp() * (fine[1] - fine[0])).cumsum(0)
 made, (left, right) = plots.panels(2, width=7.2, height=3.4, share=True)
 left.plot(torch.special.ndtri(cumulative), fine, color=style.MODEL)
 right.scatter(xT[:2000], x0_back[:2000], s=6, alpha=0.5, linewidths=0, color=style.MODEL)
-left.set(title="an invertible map", xlabel="noise z", ylabel="x", xlim=(-3, 3), ylim=(-2.5, 2.5))
+left.set(title="an invertible map", xlabel="noise z", ylabel="$x_0$", xlim=(-3, 3), ylim=(-2.5, 2.5))
 right.set(title="a random step back", xlabel="noise $x_T$")
 made
 
@@ -1168,7 +1186,7 @@ made
 # - Any network will do. It need not be inverted, and no determinant is computed: it only describes the step back.
 # - The step back $q(x_0\mid x_T)$ has two humps, and for images it is as complicated as the data. We could compute it here because we know $q$. Notebook 03 cuts the way into many small steps, for each of which a Gaussian will do: many passes in place of one.
 # - The exact likelihood is gone. A bound takes its place, that of a VAE with many layers. (Notebook 05 finds an invertible map hidden in a diffusion model, and gets the likelihood back, with an integral in place of the sum of log-determinants.)
-# - One price stays: $x_T$ has as many numbers as $x_0$.
+# - One price stays: $x_T$ has as many numbers as $x_0$. And with few, coarse Gaussian steps a bridge comes back; that is why the steps are many.
 
 # %% [markdown]
 # ## 6. Recap
@@ -1177,15 +1195,15 @@ made
 # - Each direction returns the log-determinant of the map that it computes. Then they sum to 0, and a density is $\log\pi_0$ plus that of `inverse`.
 # - A coupling is invertible whatever its networks are; its log-determinant is a sum, and both directions cost the same. A planar layer has a cheap determinant, and an inverse that must be searched for.
 # - Maximum likelihood is the whole training. It lowers the KL divergence from data to model.
-# - Images need dequantization, which makes the likelihood a lower bound; bits per dimension count that of grey levels.
-# - Likelihood is not quality: an empty sheet is more probable than any digit.
-# - Invertible means: the dimension of the data, special layers, and bridges where the data have gaps. Noise removes the last two.
+# - Images need dequantization, which makes the likelihood a lower bound; bits per dimension measure the probability of grey levels, not the density.
+# - Likelihood is not quality: an empty sheet has a higher density than each of the 400 digits that we tried.
+# - Invertible means: the dimension of the data, special layers, and bridges that are only as thin as the map is steep. A random step back needs neither of the last two.
 #
 # **Pitfalls**
 #
 # - The sign of the log-determinant. "Forward plus inverse is 0" does not find a sign that is wrong in both. Integrate the density; ask autograd.
 # - A sum over the batch, or a mean over pixels, where a sum over the values of *one* sample belongs.
-# - The factor $h\,w$ of actnorm and 1×1 convolutions.
+# - The number of pixels, as a factor of actnorm and 1×1 convolutions.
 # - Halves that are put together in another order than they were cut.
 # - Tests on zeros, on fresh weights, or in two dimensions only.
 # - A forgotten $D\log256$, or the forgotten log-determinant of the logit: bits that cannot be compared with anybody else's.

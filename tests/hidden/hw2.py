@@ -1735,7 +1735,7 @@ STEPS = Exercise(
         ),
         "you forgot the identity in the determinant": (
             steps_no_identity,
-            "The step is x + h f(x), and its Jacobian I + h J.",
+            "The step is z + h v(z), and its Jacobian I + h J.",
         ),
         "you summed determinants instead of their logarithms": (
             steps_determinant,
