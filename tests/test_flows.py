@@ -288,11 +288,11 @@ def test_actnorm_initialization(shape):
     z = layer.initialize(x)
     rows = np.moveaxis(x.numpy(), 1, -1).reshape(-1, 4)
     close(layer.shift, torch.from_numpy(rows.mean(0)))
-    close(layer.log_scale, torch.from_numpy(np.log(rows.std(0, ddof=1))))
+    close(layer.log_scale, torch.from_numpy(np.log(rows.std(0, ddof=0))))
     close(z, layer.inverse(x)[0])
     whitened = np.moveaxis(z.numpy(), 1, -1).reshape(-1, 4)
     np.testing.assert_allclose(whitened.mean(0), 0, atol=1e-12)
-    np.testing.assert_allclose(whitened.std(0, ddof=1), 1, atol=1e-12)
+    np.testing.assert_allclose(whitened.std(0, ddof=0), 1, atol=1e-12)
     assert layer.shift.requires_grad and not z.requires_grad
 
 
@@ -318,7 +318,7 @@ def test_initialization_goes_through_a_composition(name):
     for values in seen:
         rows = values.detach().movedim(1, -1).flatten(0, -2).numpy()
         np.testing.assert_allclose(rows.mean(0), 0, atol=1e-10)
-        np.testing.assert_allclose(rows.std(0, ddof=1), 1, atol=1e-10)
+        np.testing.assert_allclose(rows.std(0, ddof=0), 1, atol=1e-10)
 
 
 def test_new_flows():

@@ -1546,7 +1546,7 @@ def is_importance_bound(bound):
         near(weights @ bound(rows[0], (weight, bias, log_var), tuple(rows[1:]), eps).exp(), evidence, 1e-8)
 
 
-def typed_bound(combine=lambda ratios: ratios.exp().mean(0).log(), prior=1.0, own=1.0):
+def typed_weighted_bound(combine=lambda ratios: ratios.exp().mean(0).log(), prior=1.0, own=1.0):
     def bound(x, decoder, guess, eps):
         (weight, bias, log_var), (mean, spread) = decoder, guess
         std = (spread / 2).exp()
@@ -1563,16 +1563,16 @@ CASES["bound from several draws"] = Case(
     is_importance_bound,
     {
         "ours": lambda x, decoder, guess, eps: vae.importance_bound(a_vae(decoder, guess), x, eps).detach(),
-        "typed": typed_bound(),
+        "typed": typed_weighted_bound(),
     },
     {
-        "mean of the logs": typed_bound(lambda ratios: ratios.mean(0)),
-        "log K not taken off": typed_bound(lambda ratios: ratios.logsumexp(0)),
-        "log K added": typed_bound(lambda ratios: ratios.logsumexp(0) + math.log(len(ratios))),
-        "the best of the draws": typed_bound(lambda ratios: ratios.max(0).values),
-        "no prior": typed_bound(prior=0.0),
-        "not divided by q": typed_bound(own=0.0),
-        "prior and q swapped": typed_bound(prior=-1.0, own=-1.0),
+        "mean of the logs": typed_weighted_bound(lambda ratios: ratios.mean(0)),
+        "log K not taken off": typed_weighted_bound(lambda ratios: ratios.logsumexp(0)),
+        "log K added": typed_weighted_bound(lambda ratios: ratios.logsumexp(0) + math.log(len(ratios))),
+        "the best of the draws": typed_weighted_bound(lambda ratios: ratios.max(0).values),
+        "no prior": typed_weighted_bound(prior=0.0),
+        "not divided by q": typed_weighted_bound(own=0.0),
+        "prior and q swapped": typed_weighted_bound(prior=-1.0, own=-1.0),
     },
 )
 

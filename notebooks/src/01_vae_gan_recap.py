@@ -72,11 +72,13 @@ train_digits, _ = data.images(data.load("mnist", "train"))
 #
 # $$\begin{aligned}
 # \mathrm{KL}\bigl[q(z\mid x)\Vert p(z\mid x)\bigr]
-# &= \mathbb E_q\bigl[\log q(z\mid x) - \log p(z\mid x)\bigr] &&\text{(1) definition}\\
-# &= \mathbb E_q\bigl[\log q(z\mid x) - \log p(x\mid z) - \log p(z)\bigr] + \log p(x) &&\text{(2) Bayes; } p(x) \text{ has no } z\\
-# &= \mathrm{KL}\bigl[q(z\mid x)\Vert p(z)\bigr] - \mathbb E_q[\log p(x\mid z)] + \log p(x) &&\text{(3) definition, backwards}\\
-# \Rightarrow\quad \log p(x) &= \underbrace{\mathbb E_q[\log p(x\mid z)] - \mathrm{KL}\bigl[q(z\mid x)\Vert p(z)\bigr]}_{\mathrm{ELBO}} + \mathrm{KL}\bigl[q(z\mid x)\Vert p(z\mid x)\bigr] &&\text{(4) rearranged}
+# &= \mathbb E_q\bigl[\log q(z\mid x) - \log p(z\mid x)\bigr] &&(1)\\
+# &= \mathbb E_q\bigl[\log q(z\mid x) - \log p(x\mid z) - \log p(z)\bigr] + \log p(x) &&(2)\\
+# &= \mathrm{KL}\bigl[q(z\mid x)\Vert p(z)\bigr] - \mathbb E_q[\log p(x\mid z)] + \log p(x) &&(3)\\
+# \log p(x) &= \underbrace{\mathbb E_q[\log p(x\mid z)] - \mathrm{KL}\bigl[q(z\mid x)\Vert p(z)\bigr]}_{\mathrm{ELBO}} + \mathrm{KL}\bigl[q(z\mid x)\Vert p(z\mid x)\bigr] &&(4)
 # \end{aligned}$$
+#
+# Line 1 is the definition. Line 2 puts in Bayes' rule, and takes $\log p(x)$, which has no $z$, out of the mean. Line 3 is the definition once more, read backwards. Line 4 rearranges.
 #
 # To check four lines, we need a world in which nothing is hidden. Let $z$ take five values and $x$ four, with tables drawn at random. Then every expectation is a short sum.
 
@@ -292,7 +294,7 @@ widgets.explore(draw_gap, factor=([0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5]
 # ### 1.5 A convolutional VAE on digits
 #
 # With networks in place of matrices nothing changes in the recipe. The only new thing is how the gradient passes a random draw: write $z = m + s\,\epsilon$ with $\epsilon\sim\mathcal N(0, I)$ (the *reparameterization trick*).
-# The chance is now in $\epsilon$, which has no parameters, and $z$ is an ordinary function of $\mu$ and $\sigma$.
+# The chance is now in $\epsilon$, which has no parameters, and $z$ is an ordinary function of $m$ and $s$.
 
 # %%
 show_source(vae.VAE.terms)
@@ -319,6 +321,7 @@ def watch(fit):
     costs.append([-reconstruction.mean().item(), kl.sum(1).mean().item()])
 
 
+# %%
 fixed_eps = torch.randn(500, 16, generator=g)
 torch.manual_seed(0)
 live, steps, costs = vae.ConvVAE(latent=16, width=16), [], []
@@ -369,7 +372,8 @@ for digit in range(10):
     right.plot(*codes[labels == digit][:120].T, ".", markersize=4, color=f"C{digit}" if digit < 8 else ["#6A3D9A", "#B15928"][digit - 8])
     right.annotate(str(digit), codes[labels == digit].median(0).values.tolist(), fontsize=15, weight="bold")
 right.plot([-1.83, 1.83, 1.83, -1.83, -1.83], [-1.83, -1.83, 1.83, 1.83, -1.83], ":", color=style.EXACT)
-right.set(xlabel="z₁", ylabel="z₂", title="where digits are encoded", xlim=(-4.5, 4.5), ylim=(-4.5, 4.5));
+right.set(xlabel="z₁", ylabel="z₂", title="where digits are encoded", xlim=(-4.5, 4.5), ylim=(-4.5, 4.5))
+made
 
 # %% [markdown]
 # 4, 9 and 7 share one region, 3, 5 and 8 another: these are the digits that look alike. The ones stand alone, far to the right, where the prior hardly ever draws. On the way from one class to another there are shapes that are neither. The right picture shows where the encoder puts test digits, each at the mean of its $q$. It reaches further than the left one, which covers the dotted square.
@@ -463,6 +467,8 @@ with torch.no_grad():
 evidence = model.log_evidence(seen).mean()
 lines = {"bound": bounds, "log p(x)": evidence.expand(len(powers))}
 plots.curves(torch.tensor(powers), lines, "K, draws for each digit", "nats", logx=True, colors={"log p(x)": style.EXACT})
+
+# %%
 claim("512 draws come within 0.2 nats of the evidence", evidence - bounds[-1] < 0.2)
 expected_gap = 8 / 2 * (4 - 1 - math.log(4))  # of the ELBO, by the formula of section 1.4 for the factor 2 and 8 latents
 one_draw = torch.stack([vae.importance_bound(linear_vae, seen, eps[k : k + 1]) for k in range(100)]).mean(1)
@@ -595,6 +601,7 @@ def nearest_js(two, points, cell, mean, cov):
     return mean.detach(), (root @ root.T).detach(), closure().item()
 
 
+# %%
 from_cover = nearest_js(p, plane, cell, p.mean, p.cov)
 from_mode = nearest_js(p, plane, cell, means[0], 0.6 * torch.eye(2).double())
 claim("two minima: one between the modes, one on a mode", from_cover[0].norm() < 0.01 and from_mode[0].norm() > 1)
@@ -620,6 +627,7 @@ def pair_of_modes(distance):
     return toy.GaussianMixture(torch.tensor([[-distance / 2], [distance / 2]]).double(), torch.ones(2).double())
 
 
+# %%
 def apart(distance):
     two, mode = pair_of_modes(distance), torch.tensor([distance / 2]).double()
     starts = [(mode, mode_start), (0 * mode, wide_start)]
@@ -656,7 +664,7 @@ claim("at 5 there is one, but it is the worse of the two", on_a_mode[8] > betwee
 claim("at 6 it is the better one", on_a_mode[12] < between[12])
 
 # %% [markdown]
-# The curve of the modes begins just below 5: closer together, a descent from a mode slides to the middle. From there to about 5.6 the middle is still better; beyond, choosing costs $\log 2$ and no more, while bridging the gap costs ever more.
+# The curve of the modes begins at 5 (in steps of 0.25; the minimum appears between 4.80 and 4.85): closer together, a descent from a mode slides to the middle. From there to about 5.6 the middle is still better; beyond, choosing costs $\log 2$ and no more, while bridging the gap costs ever more.
 #
 # **What to keep.** Maximum likelihood, exact in flows and through a bound in VAE and diffusion, fits the *model* by $D_{KL}(p\Vert q)$: it is punished for what it forgets, and would rather blur. (The VAE holds both: its model is fitted to the data this way round, its $q(z\mid x)$ to the posterior the other way round.) A fit by $D_{KL}(q\Vert p)$ is punished for what it invents, and would rather forget. Section 3.3 says where a GAN stands.
 #
@@ -829,11 +837,12 @@ def play(model, x, z, left):
     return gan.loss(model, x, z)
 
 
+# %%
 torch.manual_seed(0)
 model = gan.GAN(Players(6, 2, 128, 128, 2), Players(6, 2, 128, 128, 128, 1), latent=2)
 # Adam alone: the schedule, weight decay and clipping of `fit` are switched off.
 plain_adam = {"lr": 1e-3, "betas": (0.5, 0.99), "weight_decay": 0, "warmup": 0, "final": 1.0, "clip": 1e9}
-training.fit(model, play, deal, steps=games, precision="float32", **plain_adam)
+played = training.fit(model, play, deal, steps=games, precision="float32", **plain_adam)
 
 # %%
 with torch.no_grad():
@@ -855,7 +864,7 @@ claim("three games without noise serve fewer modes than three with", sum(served[
 #
 # ### 3.5 A GAN on digits
 #
-# The same two halves as in the VAE, decoder as generator and encoder as discriminator, trained for 3,000 steps with a penalty on steep discriminators, $\frac\gamma2\,\mathbb E\lVert\nabla_x\ell(x)\rVert^2$ over real images (Mescheder et al., 2018; `dgm-course train mnist-gan`). Compare these samples with the VAE's in section 1.5.
+# The same two halves as in the VAE, decoder as generator and encoder as discriminator, trained for 3,000 steps with a penalty on steep discriminators, $\frac\gamma2\,\mathbb E\lVert\nabla_x\ell(x)\rVert^2$ over real images, with the weight $\gamma = 1$ (Mescheder et al., 2018; `dgm-course train mnist-gan`). Compare these samples with the VAE's in section 1.5.
 
 # %%
 faker = checkpoints.load("mnist-gan")
@@ -883,7 +892,7 @@ claim("every class comes up", share.min() > 0.02)
 #
 # ## 4. Why diffusion?
 #
-# The lecture names two benefits of diffusion models: high quality, and stable training compared to a GAN. The price is speed. Let us measure all three, on the same data. We train a VAE, a GAN and a small diffusion model, each of 200 to 300 thousand weights and for about 130 seconds of one core, from four seeds (`dgm-course train mnist-generators`).
+# The lecture names two benefits of diffusion models: high quality, and stable training compared to a GAN. The price is speed. Let us measure all three, on the same data. We train a VAE, a GAN and a small diffusion model, each of 200 to 300 thousand weights and for about 130 seconds of processor time (two to four minutes by the clock, as the machine had other work), from four seeds (`dgm-course train mnist-generators`).
 #
 # - *Quality* is the Fréchet distance of 1,000 samples to real digits (lower is better), on the features of a classifier; notebook 04 says what it is. The row "real" is the distance between two sets of real digits.
 # - *Precision* is the share of samples whose features lie close to those of real digits, *recall* the share of real digits with features close to those of samples.
@@ -917,13 +926,15 @@ for ax, name in zip(axes, ["Fréchet distance", "recall", "seconds for 1000 samp
         ax.plot([place] * len(rows[kind]), column(kind, name), "o", color=f"C{place}")
     ax.set(xticks=range(len(rows)), ylabel=name, xlim=(-0.5, len(rows) - 0.5))
     ax.set_xticklabels([kind.replace(", ", ",\n") for kind in rows], rotation=30)
-axes[0].set(ylim=0), axes[1].set(ylim=(0, 1.02))
+axes[0].set(ylim=0)
+axes[1].set(ylim=(0, 1.02))
 axes[2].set(yscale="log")
+made
 
 # %% [markdown]
-# Row by row. The **VAE** ends at the same place from every seed and draws fast, and its samples are the least real of the three: that is the price of section 1.5. The **GAN** with its own setting is the best here, as fast, and hardly varies. So a GAN is not unstable by nature. But with the setting that served the other two it ends anywhere between 8 and 40, with a recall below 0.2: it lost most ways of writing a digit, and nothing in its loss said so. The **diffusion** model took the setting that it was given. It has the highest precision, its distance lies between the two, and it takes about 60 times as long to draw.
+# Row by row. The **VAE** ends at the same place from every seed and draws fast, and its samples are the least real of the three: that is the price of section 1.5. The **GAN** with its own setting is the best here, as fast, and hardly varies. So a GAN is not unstable by nature. But with the setting that served the other two it ends anywhere between 8 and 38, with a recall below 0.2: it lost most ways of writing a digit, and nothing in its loss said so. The **diffusion** model took the setting that it was given. It has the highest precision, its distance lies between the two, and it takes about 60 times as long to draw.
 #
-# So of the lecture's two benefits the table shows one, stable training, and half of the other. Two minutes of one core are little for a diffusion model. Given more, it is the one that goes on: the checkpoints have Fréchet distances of about 3.1 (VAE), 0.28 (GAN) and 0.04 (the diffusion model of notebook 03; it is larger, was trained longest, and gets the class as an input, so this is no fair race either). The VAE has stopped improving: its bound pays for other things than sharp samples.
+# So of the lecture's two benefits the table shows one, stable training, and half of the other. Two minutes of one core are little for a diffusion model. Given more, it is the one that goes on: the checkpoints have Fréchet distances of about 3.1 (VAE), 0.28 (GAN) and 0.044 (the diffusion model of notebook 03; it is larger, was trained longest, and gets the class as an input, so this is no fair race either). These are from 2,000 samples, for which real digits have 0.038 and not 0.07. The VAE has stopped improving: its bound pays for other things than sharp samples.
 #
 # ### 4.1 What is diffusion? The opening
 #
@@ -970,7 +981,7 @@ claim("all eight modes are found, each with its share", (found / 600 - 1 / 8).ab
 # - Detach the fakes in the discriminator's loss; freeze the discriminator in the generator's.
 # - A GAN's loss curve says nothing about the samples. Look at samples, and at how many modes they cover.
 #
-# **Homework:** [six exercises](../homework/hw1_vae_gan.ipynb): other priors, the bound for black-and-white images, what independent latents cost, divergences from a discriminator, and where a generator stops learning.
+# **Homework:** [six exercises](../homework/hw1_vae_gan.ipynb): other priors, what "~L2" leaves out, the bound for black-and-white images, what independent latents cost, divergences from a discriminator, and where a generator stops learning.
 #
 # **References**
 #
