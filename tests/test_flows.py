@@ -1,5 +1,6 @@
 """Flows against autograd Jacobians, typed formulas, torch.distributions and sums over grids; wrong layers are rejected."""
 
+import itertools
 import math
 
 import numpy as np
@@ -845,3 +846,14 @@ def test_arguments_are_checked():
     for message, call in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_masks_of_realnvp_take_turns():
+    """Of two neighbouring couplings of a kind each changes what the other keeps, so no value stays as it is."""
+    flow = RealNVP(side=8, widths=(8, 8), blocks=1, couplings=(2, 4, 6))
+    masks = [module.mask for module in flow.modules() if isinstance(module, Coupling)]
+    kinds = masks[:6], masks[6:10], masks[10:]  # low resolution, channels, checkerboards
+    assert [len(kind) for kind in kinds] == [6, 4, 2]
+    for kind in kinds:
+        for one, other in itertools.pairwise(kind):
+            assert torch.equal(one + other, torch.ones_like(one))
