@@ -15,6 +15,7 @@ from dgm_course.denoisers import Denoiser, clipped
 
 __all__ = ["objective", "quality"]
 
+JUDGED = 28  # the side of the images that the shipped classifiers were trained on
 Objective = tuple[Callable, Callable, Callable]
 
 
@@ -27,10 +28,12 @@ def objective(card: dict, model: nn.Module, x: Tensor, y: Tensor) -> Objective:
 def _denoising(card: dict, denoiser: nn.Module, x: Tensor, y: Tensor) -> Objective:
     """Loss, batches and score of a denoiser: `losses.simple`, on the test set at 4 stratified times for each image."""
     settings = {"size": card["batch"], "times": card.get("times", "uniform"), "seed": card["seed"]}
-    null = card["net"]["num_classes"]
+    null, size = card["net"]["num_classes"], card.get("size", x.shape[-1])
+    x = data.resized(x, size)
     draw = training.batches(x, denoiser.path, y=y if null else None, null=null, **settings)
 
     def score(denoiser, x, y):
+        x = data.resized(x, size)
         batch = training.batches(x, denoiser.path, size=500, y=y if null else None, drop=0, seed=1)
         with torch.no_grad():
             values = [losses.simple(denoiser, **batch(step)).item() for step in range(4 * len(x) // 500)]
@@ -182,7 +185,8 @@ def quality(
 
     Arguments:
         denoiser: A denoiser with labels; its guesses are clipped to [−1, 1].
-        x, y: Real images that it was not trained on, and their labels.
+        x, y: Real images that it was not trained on, and their labels. Of another side than 28, they and the samples are
+            resized to 28 for the classifier.
         classifier: Name of the checkpoint whose features and answers are used.
         samples: Samples in a draw, in equal parts of every class, compared with as many of `x`.
         steps: Steps of DDIM, equally spaced.
@@ -203,7 +207,7 @@ def quality(
             times = denoiser.path.times(steps)
             states = samplers.ddim(conditional, denoiser.path, noise, times, eta=eta, generator=g)
             drawn.append(samplers.last(states))
-        drawn = torch.cat(drawn)
+        drawn, real = (data.resized(images, JUDGED) for images in (torch.cat(drawn), real))
         with torch.no_grad():
             right.append((judge(drawn).argmax(1) == asked).double().mean().item())
             distance.append(metrics.frechet_distance(judge.features(drawn), judge.features(real)))

@@ -25,6 +25,62 @@ GAN_FIT = {
 }  # Adam's usual memory of past gradients makes players circle
 
 RECIPES = {
+    "fashion-classifier": {
+        "what": "classifier of Fashion-MNIST, whose features score generated clothes; trained on slightly moved clothes",
+        "data": "fashion_mnist",
+        "net": {"class": "Classifier"},
+        "classifies": "clothes",
+        "steps": 6000,
+        "batch": 128,
+        "seed": 0,
+    },
+    "fashion-unet": {
+        "what": "class-conditional U-Net on Fashion-MNIST, v-prediction on the cosine path, labels dropped 10 %",
+        "data": "fashion_mnist",
+        "net": {"class": "UNet", "channels": [40, 64], "blocks": [2, 3], "attention": True, "num_classes": 10},
+        "path": {"class": "Cosine"},
+        "predicts": "v",
+        "times": "logit-normal",
+        "steps": 7000,
+        "batch": 128,
+        "seed": 0,
+        "fit": {"ema": 0.9995},
+        "scored with": {"classifier": "fashion-classifier", "samples": 2000, "steps": 50, "eta": 0.5, "draws": 3},
+    },
+    "mnist-backbones": {
+        "what": "U-Net with and without its skip, and the DiT block in its three variants: equal parameters, steps and data, over seeds",
+        "data": "mnist",
+        "vary": {
+            "kind": ["U-Net", "U-Net without skip", "DiT, adaLN-Zero", "DiT, cross-attention", "DiT, in-context"],
+            "seed": [0, 1, 2],
+        },
+        "kinds": {
+            "U-Net": {"net": {"class": "UNet", "channels": [32, 48], "blocks": [2, 2], "num_classes": 10}},
+            "U-Net without skip": {
+                "net": {"class": "UNet", "channels": [32, 48], "blocks": [2, 2], "num_classes": 10, "skip": False}
+            },
+            "DiT, adaLN-Zero": {"net": {"class": "DiT", "width": 68, "depth": 3, "num_classes": 10}},
+            "DiT, cross-attention": {
+                "net": {
+                    "class": "DiT",
+                    "width": 72,
+                    "depth": 3,
+                    "num_classes": 10,
+                    "conditioning": "cross-attention",
+                }
+            },
+            "DiT, in-context": {
+                "net": {"class": "DiT", "width": 84, "depth": 3, "num_classes": 10, "conditioning": "in-context"}
+            },
+        },
+        "path": {"class": "Cosine"},
+        "predicts": "v",
+        "times": "logit-normal",
+        "steps": 600,
+        "batch": 128,
+        "fit": {"precision": "float32", "ema": 0.99},
+        "scored with": {"classifier": "mnist-classifier", "samples": 1000, "steps": 25, "draws": 1},
+    },
     "mnist-classifier": {
         "what": "classifier of MNIST, whose features score generated digits; trained on slightly moved digits",
         "data": "mnist",
@@ -44,6 +100,19 @@ RECIPES = {
         "seed": 0,
         "fit": {"precision": "float32", "ema": 0.99},
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
+    },
+    "mnist-dit": {
+        "what": "class-conditional DiT on MNIST with squares of 4×4 pixels, v-prediction on the cosine path, labels dropped 10 %",
+        "data": "mnist",
+        "net": {"class": "DiT", "patch": 4, "width": 128, "depth": 4, "heads": 4, "ratio": 3, "num_classes": 10},
+        "path": {"class": "Cosine"},
+        "predicts": "v",
+        "times": "logit-normal",
+        "steps": 14000,
+        "batch": 128,
+        "seed": 0,
+        "fit": {"lr": 1.5e-3, "ema": 0.9995},
+        "scored with": {"classifier": "mnist-classifier", "samples": 2000, "steps": 50, "eta": 0.5, "draws": 3},
     },
     "mnist-gan": {
         "what": "GAN on MNIST: the non-saturating loss, the gradient penalty on real images, both players trained at once",
@@ -96,6 +165,27 @@ RECIPES = {
         "batch": 128,
         "seed": 0,
         "scored with": {"classifier": "mnist-classifier", "samples": 2000, "draws": 3},
+    },
+    "mnist-resolutions": {
+        "what": "digits at three resolutions, each with the log-SNR of the cosine path moved by five amounts, over seeds",
+        "data": "mnist",
+        "vary": {
+            "kind": ["14 px", "28 px", "56 px"],
+            "path": [{"class": "Cosine", "shift": shift} for shift in (-4.0, -2.0, 0.0, 2.0, 4.0)],
+            "seed": [0, 1, 2],
+        },
+        "kinds": {  # the images are folded, so that each network works at 14×14 and costs the same
+            f"{14 * fold} px": {
+                "size": 14 * fold,
+                "net": {"class": "UNet", "channels": [16, 32], "blocks": [2, 2], "num_classes": 10, "fold": fold},
+            }
+            for fold in (1, 2, 4)
+        },
+        "predicts": "v",
+        "steps": 400,
+        "batch": 128,
+        "fit": {"precision": "float32", "ema": 0.99},
+        "scored with": {"classifier": "mnist-classifier", "samples": 1000, "steps": 25, "draws": 1},
     },
     "mnist-vae": {
         "what": "VAE on MNIST with 16 latents, the variance of its pixels learned",

@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from dgm_course.paths import Sigmoid
+from dgm_course.paths import DiscretePath, Sigmoid
 
-__all__ = ["constant_betas", "linear_betas", "quadratic_betas", "cosine_betas", "sigmoid_betas"]
+__all__ = ["constant_betas", "linear_betas", "quadratic_betas", "cosine_betas", "sigmoid_betas", "zero_terminal"]
 
 
 def _check(T: int, **betas: float) -> None:
@@ -116,3 +116,31 @@ def sigmoid_betas(
     _check(T, clip=clip)
     alpha_bars = Sigmoid(start, end, tau).alpha(torch.arange(T + 1, dtype=torch.float64) / T) ** 2
     return (1 - alpha_bars[1:] / alpha_bars[:-1]).clamp(max=clip)
+
+
+def zero_terminal(betas: Tensor) -> Tensor:
+    r"""A schedule with the last trace of signal taken out: α is moved down to 0 at T, and stretched to keep its start.
+
+    .. math:: \alpha'_t = \alpha_1\,\frac{\alpha_t - \alpha_T}{\alpha_1 - \alpha_T}, \qquad \alpha_t = \sqrt{\bar\alpha_t}
+
+    Its β_T is 1. There x_T is pure noise, so noise prediction says nothing about x_0: predict v or x_0.
+
+    Arguments:
+        betas: β_1 … β_T, in (0, 1], at least two.
+
+    Raises:
+        ValueError: If the shape or a value does not fit.
+
+    Source:
+        | Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al., 2024), algorithm 1
+
+    Example:
+        >>> betas = zero_terminal(linear_betas(1000))
+        >>> betas[-1].item(), f"{betas[0]:.2e}"
+        (1.0, '1.00e-04')
+    """
+    alpha = DiscretePath(betas).alpha_bars.sqrt()
+    if len(alpha) < 3:
+        raise ValueError(f"betas must be at least two; got {len(alpha) - 1}")
+    alpha[1:] = alpha[1] * (alpha[1:] - alpha[-1]) / (alpha[1] - alpha[-1])
+    return 1 - (alpha[1:] / alpha[:-1]) ** 2

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "balanced", "content_hash", "images", "load"]
+__all__ = ["NAMES", "balanced", "content_hash", "images", "load", "resized"]
 
 FOLDER = Path(__file__).parent
 NAMES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}  # with their names on the hub
@@ -103,6 +103,28 @@ def balanced(x: Tensor, y: Tensor, number: int, generator: torch.Generator | Non
         chosen.append(members[torch.randperm(len(members), generator=generator)[: number // classes]])
     chosen = torch.cat(chosen)
     return x[chosen], y[chosen]
+
+
+def resized(x: Tensor, size: int) -> Tensor:
+    """Images at another resolution: means over squares of pixels for a smaller one, bilinear for a larger one.
+
+    Arguments:
+        x: Shape (B, C, S, S).
+        size: The new side: a divisor or a multiple of S.
+
+    Raises:
+        ValueError: If `size` is neither.
+
+    Example:
+        >>> resized(torch.zeros(2, 1, 28, 28), 7).shape, resized(torch.zeros(2, 1, 28, 28), 56).shape
+        (torch.Size([2, 1, 7, 7]), torch.Size([2, 1, 56, 56]))
+    """
+    side = x.shape[-1]
+    if size < 1 or (side % size and size % side):
+        raise ValueError(f"size must be a divisor or a multiple of {side}; got {size}")
+    if size <= side:
+        return torch.nn.functional.avg_pool2d(x, side // size)
+    return torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear")
 
 
 def content_hash(x: Tensor, y: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from dgm_course.nets.classifier import Classifier
 from dgm_course.nets.conv import ConvCoupler, ConvDecoder, ConvEncoder
+from dgm_course.nets.dit import DiT
 from dgm_course.nets.embeddings import LabelEmbedding, TimeEmbedding
 from dgm_course.nets.mlp import MLP, perceptron
 from dgm_course.nets.unet import UNet
@@ -12,6 +13,7 @@ __all__ = [
     "ConvCoupler",
     "ConvDecoder",
     "ConvEncoder",
+    "DiT",
     "LabelEmbedding",
     "TimeEmbedding",
     "UNet",

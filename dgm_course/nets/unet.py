@@ -76,6 +76,7 @@ class UNet(nn.Module):
         condition: Width of the embedding of time and label.
         fold: Side of the square of pixels that becomes channels.
         dropout: Share of features dropped in each block while training.
+        skip: Whether what the first level saw on the way down is handed to the way up; without, to see what it is for.
 
     Shapes:
         xt (B, C, H, W) with H and W divisible by 2·fold, t (B,) in [0, 1], y (B,) int64 or None → (B, C, H, W).
@@ -102,10 +103,11 @@ class UNet(nn.Module):
         condition: int = 128,
         fold: int = 2,
         dropout: float = 0.0,
+        skip: bool = True,
     ):
         super().__init__()
         wide, deep = channels
-        self.fold = fold
+        self.fold, self.skip = fold, skip
         self.time = TimeEmbedding(condition)
         self.label = LabelEmbedding(num_classes, condition) if num_classes else None
         self.enter = nn.Conv2d(image_channels * fold**2, wide, 3, padding=1)
@@ -114,7 +116,7 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList(ResBlock(deep, deep, condition, dropout) for _ in range(blocks[1]))
         self.attention = nn.ModuleList(SelfAttention(deep) if attention else nn.Identity() for _ in range(blocks[1]))
         self.grow = nn.Sequential(nn.Conv2d(deep, 4 * wide, 1), nn.PixelShuffle(2))
-        widths = [2 * wide] + [wide] * (blocks[0] - 1)
+        widths = [2 * wide if skip else wide] + [wide] * (blocks[0] - 1)
         self.up = nn.ModuleList(ResBlock(width, wide, condition, dropout) for width in widths)
         self.leave = nn.Sequential(
             nn.GroupNorm(8, wide), nn.SiLU(), nn.Conv2d(wide, image_channels * fold**2, 3, padding=1)
@@ -135,10 +137,10 @@ class UNet(nn.Module):
         h = self.enter(nn.functional.pixel_unshuffle(xt, self.fold))
         for block in self.down:
             h = block(h, condition)
-        skip, h = h, self.shrink(h)
+        seen, h = h, self.shrink(h)
         for block, attention in zip(self.middle, self.attention, strict=True):
             h = attention(block(h, condition))
-        h = torch.cat([self.grow(h), skip], dim=1)
+        h = torch.cat([self.grow(h), seen], dim=1) if self.skip else self.grow(h)
         for block in self.up:
             h = block(h, condition)
         return nn.functional.pixel_shuffle(self.leave(h), self.fold)

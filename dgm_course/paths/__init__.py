@@ -5,7 +5,7 @@ predict follow from these two functions, so they are written once, in :class:`Ga
 """
 
 from dgm_course.paths.base import GaussianPath
-from dgm_course.paths.continuous import VE, VP, Cosine, Sigmoid, Straight, SubVP
+from dgm_course.paths.continuous import VE, VP, Cosine, Scaled, Sigmoid, Straight, SubVP
 from dgm_course.paths.discrete import DiscretePath
 
-__all__ = ["VE", "VP", "Cosine", "DiscretePath", "GaussianPath", "Sigmoid", "Straight", "SubVP"]
+__all__ = ["VE", "VP", "Cosine", "DiscretePath", "GaussianPath", "Scaled", "Sigmoid", "Straight", "SubVP"]

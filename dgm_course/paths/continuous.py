@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dgm_course.paths.base import GaussianPath
 
-__all__ = ["VE", "VP", "Cosine", "Sigmoid", "Straight", "SubVP"]
+__all__ = ["VE", "VP", "Cosine", "Scaled", "Sigmoid", "Straight", "SubVP"]
 
 
 class VP(GaussianPath):
@@ -84,15 +84,41 @@ class Cosine(GaussianPath):
 
     The chain of Nichol & Dhariwal is this path with a small offset and a clip, see `schedules.cosine_betas`.
 
+    Arguments:
+        shift: Added to the log-SNR at every t, :math:`-2\log\tan(\pi t/2) + \text{shift}`. Images with r times the side whose
+            pixels are copies have the same task left at the same t with shift −2 log r.
+
+    Raises:
+        ValueError: If `shift` is not finite.
+
     Source:
-        | Progressive Distillation (Salimans & Ho, 2022), section 2; Improved DDPM (Nichol & Dhariwal, 2021), eq. 17
+        | Progressive Distillation (Salimans & Ho, 2022), section 2; Improved DDPM (Nichol & Dhariwal, 2021), eq. 17; the
+        | shift: Simple Diffusion (Hoogeboom et al., 2023), section 3.1
+
+    Example:
+        >>> round(Cosine(shift=-2.0).logsnr(0.5).item(), 6)
+        -2.0
     """
 
+    def __init__(self, shift: float = 0.0):
+        super().__init__()
+        if not math.isfinite(shift):
+            raise ValueError(f"shift must be finite; got {shift!r}")
+        self.shift = shift
+
+    def _legs(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Signal and noise before they are normalised, and the norm."""
+        signal = torch.sin(math.pi / 2 * (1 - t))  # the cosine, but exactly 0 at t = 1
+        noise = math.exp(-self.shift / 2) * torch.sin(math.pi / 2 * t)
+        return signal, noise, torch.hypot(signal, noise)
+
     def _alpha(self, t: Tensor) -> Tensor:
-        return torch.sin(math.pi / 2 * (1 - t))  # the cosine, but exactly 0 at t = 1
+        signal, _, norm = self._legs(t)
+        return signal / norm
 
     def _sigma(self, t: Tensor) -> Tensor:
-        return torch.sin(math.pi / 2 * t)
+        _, noise, norm = self._legs(t)
+        return noise / norm
 
 
 class Sigmoid(GaussianPath):
@@ -139,3 +165,43 @@ class Straight(GaussianPath):
 
     def _sigma(self, t: Tensor) -> Tensor:
         return t
+
+
+class Scaled(GaussianPath):
+    r"""Another path with its data made smaller, :math:`x_t = \alpha(t)\,b\,x_0 + \sigma(t)\,\epsilon`.
+
+    That adds 2 log b to the log-SNR. A network wants inputs of one size, so divide what *it* sees by the deviation of x_t,
+    :math:`\sqrt{b^2\alpha^2 + \sigma^2}` for data of variance 1. The state x_t of the sampler stays as it is.
+
+    Arguments:
+        path: A continuous path.
+        scale: b, above 0.
+
+    Raises:
+        ValueError: If `scale` is not positive and finite, or the path is a chain.
+
+    Source:
+        | On the Importance of Noise Scheduling for Diffusion Models (Chen, 2023), section 2.2
+
+    Example:
+        >>> path = Scaled(Cosine(), 0.5)
+        >>> path.alpha(0.0).item(), round((path.logsnr(0.5) - Cosine().logsnr(0.5)).exp().item(), 6)
+        (0.5, 0.25)
+    """
+
+    def __init__(self, path: GaussianPath, scale: float):
+        super().__init__()
+        if path.horizon != 1:
+            raise ValueError(f"path must be continuous, with t in [0, 1]; got {path!r}")
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"scale must be positive; got {scale!r}")
+        self.path, self.scale = path, scale
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        return self.scale * self.path._alpha(t)
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return self.path._sigma(t)
+
+    def _variance(self, t: Tensor) -> Tensor:
+        return self.path._variance(t)
