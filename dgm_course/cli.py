@@ -1,11 +1,13 @@
 """The command line: `dgm-course run | build | train | grade | gradescope | release | bench`."""
 
+import contextlib
+import gc
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -150,17 +152,19 @@ def grade(
         code = collect(run.grade_all(found, frozen, limits, out, jobs=jobs, trust=trust, dask=dask), len(found), out)
     except (run.Untrusted, ModuleNotFoundError, ConnectionError) as error:
         stop(str(error))
+    gc.freeze()  # else Python searches all of torch for garbage once more before it ends: long on a busy machine
     raise typer.Exit(code)
 
 
-def collect(graded: Iterable[dict], total: int, out: Path) -> int:
+def collect(graded: Generator[dict], total: int, out: Path) -> int:
     """Show each result as it comes, then write the reports of those that there are; the exit code."""
-    from dgm_course.grading import report
+    from dgm_course.grading import report, run
 
     columns = SpinnerColumn(), TextColumn("{task.completed} of {task.total}"), BarColumn(), TimeElapsedColumn()
     results, start, code = [], time.perf_counter(), 0
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        with contextlib.closing(graded), shown as progress:
             task = progress.add_task("grading", total=total)
             for result in graded:
                 results.append(result)
@@ -171,7 +175,8 @@ def collect(graded: Iterable[dict], total: int, out: Path) -> int:
         code = 130
     finally:
         if results:
-            report.write(out, results)
+            with run.ctrl_c():  # who presses it twice gets the reports too
+                report.write(out, results)
     again = total - len(results) + sum("retry" in result for result in results)
     book = f" Gradebook: {out / 'gradebook.csv'}" if results else ""
     done = f"{len(results)} of {total} submissions in {time.perf_counter() - start:.0f} s.{book}"

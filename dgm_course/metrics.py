@@ -66,6 +66,7 @@ def frechet_without_bias(
         >>> frechet_without_bias(a, b, [500, 1000, 2000, 4000], g) < frechet_distance(a, b)
         True
     """
+    real, generated = _features(real=real, generated=generated, least=2)
     if len(set(sizes)) < 2 or not 2 <= min(sizes) <= max(sizes) <= len(generated):
         raise ValueError(f"sizes must be two or more, between 2 and {len(generated)}; got {list(sizes)}")
     chosen = [torch.randperm(len(generated), generator=generator)[:n] for n in sizes]

@@ -171,7 +171,7 @@ RECIPES = {
         "data": "mnist",
         "vary": {
             "kind": ["14 px", "28 px", "56 px"],
-            "path": [{"class": "Cosine", "shift": shift} for shift in (-4.0, -2.0, 0.0, 2.0, 4.0)],
+            "path": [{"class": "Cosine", "shift": shift} for shift in (-6.0, -4.0, -2.0, 0.0, 2.0)],
             "seed": [0, 1, 2],
         },
         "kinds": {  # the images are folded, so that each network works at 14×14 and costs the same
@@ -247,7 +247,7 @@ def train(name: str, source: str | None = None, out: str | Path = "runs", steps:
         steps: Steps instead of the recipe's.
 
     Raises:
-        ValueError: If there is no such recipe.
+        ValueError: If there is no such recipe, or one that varies something is run by several processes.
         KeyboardInterrupt: If stopped; the state is saved first.
     """
     if name not in RECIPES:
@@ -257,6 +257,10 @@ def train(name: str, source: str | None = None, out: str | Path = "runs", steps:
     card["images"], card["data_sha256"] = len(x), data.content_hash(x, y)
     card["recipe"] = f"dgm-course train {name}" + " --source hub" * bool(source) + f" --steps {steps}" * bool(steps)
     if "vary" in card:
+        if PartialState().num_processes > 1:
+            raise ValueError(
+                f"recipe {name} trains many models one after the other, in one process; start it without a launcher"
+            )
         return _table(name, card, (x, y), data.images(data.load(card["data"], "test", source)), Path(out))
     state = Path(out) / f"{name}-{hashlib.sha256(json.dumps(card).encode()).hexdigest()[:8]}.state.pt"
     done, score = _fit(card, x, y, state)
@@ -288,7 +292,7 @@ def _table(name: str, card: dict, train: tuple[Tensor, Tensor], test: tuple[Tens
         done, score = _fit(card | row | card.get("kinds", {}).get(row.get("kind"), {}), *train)
         first = [round(value, 5) for value in done.losses[:3]]
         card["rows"].append(
-            row | score(done.ema, *test) | {"first losses": first, "minutes": round(done.seconds / 60, 2)}
+            row | score(done.ema.cpu(), *test) | {"first losses": first, "minutes": round(done.seconds / 60, 2)}
         )
         tables.write(file, card)
     return card

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.integrate
 import torch
 
-from dgm_course.paths import VE, VP, Cosine, DiscretePath, Sigmoid, Straight, SubVP
+from dgm_course.paths import VE, VP, Cosine, DiscretePath, Scaled, Sigmoid, Straight, SubVP
 
 mp = mpmath.mp.clone()
 mp.dps = 40
@@ -35,6 +35,16 @@ def _ve(m, t, low=0.01, high=50.0):
 
 def _cosine(m, t):
     return m.cos(m.pi * t / 2), m.sin(m.pi * t / 2)
+
+
+def _cosine_shifted(m, t, shift=-2.0):
+    noise_to_signal = math.exp(-shift / 2) * m.tan(m.pi * t / 2)
+    alpha = 1 / m.sqrt(1 + noise_to_signal**2)
+    return alpha, alpha * noise_to_signal
+
+
+def _scaled(m, t, scale=0.5):
+    return scale * m.cos(m.pi * t / 2), m.sin(m.pi * t / 2)
 
 
 def _sigmoid(m, t, start=-3.0, end=3.0, tau=1.0):
@@ -68,6 +78,8 @@ CONTINUOUS = {
     "VE": (VE(), _ve),
     "VE narrow": (VE(0.1, 3.0), lambda m, t: _ve(m, t, 0.1, 3.0)),
     "Cosine": (Cosine(), _cosine),
+    "Cosine shifted": (Cosine(shift=-2.0), _cosine_shifted),
+    "Scaled": (Scaled(Cosine(), 0.5), _scaled),
     "Sigmoid": (Sigmoid(), _sigmoid),
     "Sigmoid skew": (Sigmoid(-1.0, 2.3, 0.7), lambda m, t: _sigmoid(m, t, -1.0, 2.3, 0.7)),
     "Straight": (Straight(), _straight),

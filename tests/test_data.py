@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import einops
 import numpy as np
 import PIL.Image
 import pyarrow.parquet
@@ -137,6 +138,66 @@ def test_images_from_files(tmp_path):
     x, y = data.images(dataset)
     assert y.tolist() == [3]
     torch.testing.assert_close(x, torch.full((1, 1, 28, 28), -0.6))
+
+
+# Other resolutions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 14, 28])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_smaller_images_are_means_over_squares(size, channels, generator):
+    """By einops, and with it the same mean of the whole image; 28 is the image itself."""
+    x = torch.randn(3, channels, 28, 28, generator=generator, dtype=torch.float64)
+    small = data.resized(x, size)
+    expected = einops.reduce(x, "b c (h p) (w q) -> b c h w", "mean", h=size, w=size)
+    torch.testing.assert_close(small, expected, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(small.mean((2, 3)), x.mean((2, 3)), rtol=1e-12, atol=1e-13)
+    if size == 28:
+        assert torch.equal(small, x)
+
+
+@pytest.mark.parametrize("side, times", [(4, 2), (3, 3), (2, 4), (1, 5)])
+def test_larger_images_are_bilinear(side, times, generator):
+    """Each new pixel lies between the centres of four old ones, by loops; outside the last centres the edge goes on."""
+    x = torch.randn(2, 1, side, side, generator=generator, dtype=torch.float64)
+    large = data.resized(x, times * side)
+    assert large.shape == (2, 1, times * side, times * side)
+
+    def weights(k):
+        place = min(max((k + 0.5) / times - 0.5, 0.0), side - 1.0)  # of a new centre, counted in old ones
+        low = min(int(place), max(side - 2, 0))
+        return [(low, 1 - place + low), (min(low + 1, side - 1), place - low)]
+
+    for i in range(times * side):
+        for j in range(times * side):
+            value = sum(p * q * x[:, 0, r, c] for r, p in weights(i) for c, q in weights(j))
+            torch.testing.assert_close(large[:, 0, i, j], value, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [14, 28, 56])
+def test_resized_images_keep_type_and_range(size):
+    """Digits stay float32 in [−1, 1], and an even image is even at every size."""
+    x, _ = data.images(data.load("mnist", "test").select(range(5)))
+    other = data.resized(x, size)
+    assert other.shape == (5, 1, size, size) and other.dtype == torch.float32
+    assert -1 <= other.min() and other.max() <= 1
+    torch.testing.assert_close(
+        data.resized(torch.full((1, 1, 28, 28), -0.3), size), torch.full((1, 1, size, size), -0.3)
+    )
+
+
+def test_down_undoes_copying_pixels(generator):
+    """Means over squares of copies are the pixels."""
+    x = torch.randn(2, 1, 14, 14, generator=generator, dtype=torch.float64)
+    copies = x.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(data.resized(copies, 14), x, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [0, -28, 3, 27, 29, 42])
+def test_resized_checks_the_size(size):
+    """Neither a divisor nor a multiple: the error says what came and what is asked."""
+    with pytest.raises(ValueError, match=f"^size must be a divisor or a multiple of 28; got {size}"):
+        data.resized(torch.zeros(1, 1, 28, 28), size)
 
 
 # Sources ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import torch
 from scipy import stats
 from scipy.spatial import cKDTree
 
-from dgm_course.metrics import frechet_distance, inception_score, precision_recall
+from dgm_course import metrics
+from dgm_course.metrics import frechet_distance, frechet_without_bias, inception_score, precision_recall
 
 
 def normals(*shape, generator):
@@ -116,6 +117,59 @@ def test_frechet_distance_counts_the_sample_covariance():
     """Divided by N − 1: {0, 2} and the same points stretched to {−3, 5}, standard deviations √2 and 4√2."""
     a, b = torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([[-3.0, 0.0], [5.0, 0.0]])
     assert frechet_distance(a, b) == pytest.approx(18)
+
+
+# The Fréchet distance without its bias --------------------------------------------------------------------------------
+
+
+def test_without_bias_is_a_line_in_one_over_n(generator, monkeypatch):
+    """Scores 3 + 7/n give 3; of scores with errors, numpy's line in 1/n at 0. Each is of n different samples."""
+    real, generated, seen = normals(30, 2, generator=generator), torch.arange(200.0)[:, None].expand(-1, 2), []
+    wrong = {40: 0.3, 50: -0.2, 100: 0.1, 200: -0.05}
+
+    def score(a, b, errors=0.0):
+        assert torch.equal(a, real) and len(b.unique(dim=0)) == len(b) and set(b[:, 0].tolist()) <= set(range(200))
+        seen.append(b)
+        return 3 + 7 / len(b) + errors * wrong[len(b)]
+
+    monkeypatch.setattr(metrics, "frechet_distance", score)
+    sizes = [40, 100, 50, 200, 100]
+    assert frechet_without_bias(real, generated, sizes, generator) == pytest.approx(3, rel=1e-10)
+    assert [len(b) for b in seen] == sizes
+    assert not torch.equal(seen[1], seen[4])  # the same n is drawn anew
+    assert not torch.equal(seen[0], generated[:40])
+    monkeypatch.setattr(metrics, "frechet_distance", lambda a, b: score(a, b, 1.0))
+    values = [3 + 7 / n + wrong[n] for n in sizes]
+    expected = np.polyfit([1 / n for n in sizes], values, 1)[1]
+    assert frechet_without_bias(real, generated, sizes, generator) == pytest.approx(expected, rel=1e-9)
+
+
+def test_without_bias_on_known_gaussians(generator):
+    """Over 100 clouds: the mean is the exact distance within its error, where the plain score is too high by many errors."""
+    d, runs, sizes = 10, 100, [100, 150, 200, 300]
+    root_a, root_b = (torch.eye(d).double() + 0.1 * normals(d, d, generator=generator) for _ in "ab")
+    cov_a, cov_b = (root.numpy() @ root.numpy().T for root in (root_a, root_b))
+    exact = 0.1**2 * d + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real)
+    real = cloud(torch.zeros(d), root_a, 400, generator)  # with this very mean and covariance, so without a bias
+    plain, better = [], []
+    for _ in range(runs):
+        generated = normals(300, d, generator=generator) @ root_b.T + 0.1
+        plain.append(frechet_distance(real, generated) - exact)
+        better.append(frechet_without_bias(real, generated, sizes, generator) - exact)
+    assert np.mean(plain) > 6 * np.std(plain, ddof=1) / math.sqrt(runs)
+    assert abs(np.mean(better)) < 4 * np.std(better, ddof=1) / math.sqrt(runs)
+    assert abs(np.mean(better)) < 0.4 * np.mean(plain)
+
+
+def test_without_bias_is_decided_by_its_generator(generator):
+    """One seed, one number; the global generator is left alone; a float comes back."""
+    real, generated = normals(50, 3, generator=generator), normals(60, 3, generator=generator)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one, two, other = (
+        frechet_without_bias(real, generated, (20, 40), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert one == two != other and type(one) is float and torch.equal(torch.get_rng_state(), state)
 
 
 # The inception score --------------------------------------------------------------------------------------------------
@@ -275,6 +329,13 @@ def test_arguments_are_checked():
         (r"^k must lie between 1 and 3; got 4", lambda: precision_recall(x, x, 4)),
         (r"^k must lie between 1 and 2; got 3", lambda: precision_recall(x, x[:3])),
         (r"^k must lie between 1 and 1; got 3", lambda: precision_recall(x[:2], x)),
+        (r"^sizes must be two or more, between 2 and 4; got \[3\]", lambda: frechet_without_bias(x, x, [3])),
+        (r"^sizes must be two or more, .*; got \[3, 3\]", lambda: frechet_without_bias(x, x, [3, 3])),
+        (r"^sizes must be two or more, .*; got \[\]", lambda: frechet_without_bias(x, x, [])),
+        (r"^sizes must be two or more, between 2 and 4; got \[2, 5\]", lambda: frechet_without_bias(x, x, (2, 5))),
+        (r"^sizes must be two or more, between 2 and 4; got \[1, 3\]", lambda: frechet_without_bias(x, x, [1, 3])),
+        (r"must have shape \(N, 3\) with N ≥ 2; got", lambda: frechet_without_bias(x, x[:, :2], [2, 3])),
+        (r"must be finite; \d of its values are not", lambda: frechet_without_bias(spoilt, x, [2, 3])),
     ]
     for message, call in cases:
         with pytest.raises(ValueError, match=message):

@@ -14,11 +14,13 @@ from dgm_course.nets import (
     ConvCoupler,
     ConvDecoder,
     ConvEncoder,
+    DiT,
     LabelEmbedding,
     TimeEmbedding,
     UNet,
     perceptron,
 )
+from dgm_course.nets.dit import Attention, DiTBlock, attention_maps, positions
 from dgm_course.nets.embeddings import sinusoids
 from dgm_course.nets.unet import ResBlock, SelfAttention
 from dgm_course.paths import Cosine
@@ -29,8 +31,25 @@ UNETS = {
     "attention": {"num_classes": 10, "attention": True},
     "colour": {"image_channels": 3, "channels": (8, 16), "blocks": (1, 1), "fold": 1, "condition": 16},
     "deep": {"channels": (16, 24), "blocks": (3, 2), "fold": 4, "dropout": 0.1},
+    "no skip": {"channels": (16, 24), "blocks": (2, 1), "num_classes": 10, "skip": False},
 }
 all_unets = pytest.mark.parametrize("settings", UNETS.values(), ids=UNETS)
+
+
+KINDS = ("adaLN-Zero", "cross-attention", "in-context")
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def small_dit(**settings) -> DiT:
+    """A DiT of four tokens, or of as many as the settings say."""
+    return DiT(**{"size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2} | settings)
+
+
+def lively(net: nn.Module) -> nn.Module:
+    """The net with weights as large as trained ones, so that attention is far from even."""
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return net.eval()
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +177,27 @@ def test_skip_passes_the_bottleneck():
     assert not torch.allclose(net(x, t), net(x.flip(-1), t), atol=1e-4)
 
 
+def test_without_a_skip_everything_goes_through_the_second_level():
+    """What the way up gets is fixed by what was handed down: with that held still, other images give the same output."""
+    for skip in (False, True):
+        net = awake(UNet(channels=(16, 16), blocks=(1, 1), skip=skip))
+        x, t = images({})
+        free = net(x, t), net(x.flip(-1), t)
+        assert not torch.allclose(*free, atol=1e-4)
+        handed = torch.randn(2, 16, 4, 4)
+        net.shrink.register_forward_hook(lambda *_, handed=handed: handed)
+        assert torch.equal(net(x, t), net(x.flip(-1), t)) is not skip
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (3, 2)])
+def test_parameters_of_the_skip(blocks):
+    """Twice the width w enters the first block of the way up: 2w more to norm, 9w² and 2w² + w more to convolve."""
+    with_skip, without = (
+        sum(p.numel() for p in UNet(channels=(24, 40), blocks=blocks, skip=skip).parameters()) for skip in (True, False)
+    )
+    assert with_skip - without == 2 * 24 + 9 * 24**2 + 2 * 24**2 + 24
+
+
 def test_attention_by_numpy():
     """softmax(QKᵀ/√d)V over positions, head by head, with numpy."""
     attention = awake(SelfAttention(16, heads=2)).double()
@@ -191,7 +231,8 @@ def test_gradients_reach_every_parameter(settings):
 @pytest.mark.parametrize("make", [
     lambda: awake(UNet(num_classes=10, channels=(8, 16), blocks=(1, 1), attention=True)),
     lambda: awake(MLP(2, width=16, num_classes=10)),
-], ids=["UNet", "MLP"])  # fmt: skip
+    *(lambda kind=kind: lively(small_dit(size=16, num_classes=10, conditioning=kind)) for kind in KINDS),
+], ids=["UNet", "MLP", *KINDS])  # fmt: skip
 def test_labels(make):
     """The null label equals no label; another label does not; each sample feels its own only."""
     net = make()
@@ -203,7 +244,11 @@ def test_labels(make):
     assert not torch.allclose(mixed[1], null[1])
 
 
-@pytest.mark.parametrize("make", [lambda: awake(UNet(attention=True)), lambda: awake(MLP(2))], ids=["UNet", "MLP"])
+@pytest.mark.parametrize("make", [
+    lambda: awake(UNet(attention=True)),
+    lambda: awake(MLP(2)),
+    *(lambda kind=kind: lively(small_dit(size=16, conditioning=kind)) for kind in KINDS),
+], ids=["UNet", "MLP", *KINDS])  # fmt: skip
 def test_time_matters_and_samples_do_not_meet(make):
     """The output depends on t, and each sample's only on its own image and time."""
     net = make()
@@ -224,8 +269,9 @@ def test_folding_loses_nothing():
 
 
 def test_size():
-    """The U-Net of the course, with labels and attention, has at most 0.6 million parameters."""
+    """With labels, the U-Net of the course has at most 0.6 million parameters, with attention, and the DiT 1.2."""
     assert sum(p.numel() for p in UNet(num_classes=10, attention=True).parameters()) <= 600_000
+    assert sum(p.numel() for p in DiT(num_classes=10).parameters()) <= 1_200_000
 
 
 def test_dropout_only_while_training():
@@ -249,7 +295,11 @@ def test_mlp(dim, depth):
         assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("make", [lambda: UNet(num_classes=10, attention=True), lambda: MLP(2)], ids=["UNet", "MLP"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: UNet(num_classes=10, attention=True), lambda: MLP(2), lambda: small_dit(size=16, num_classes=10)],
+    ids=["UNet", "MLP", "DiT"],
+)
 def test_saved_and_loaded(make):
     """A state dict brings a second network to the same function; double precision stays near single."""
     net, twin = awake(make()), make().eval()
@@ -281,6 +331,317 @@ def test_arguments_are_checked():
         (r"^y must be int64 of shape \(2,\)", lambda: UNet(num_classes=3)(torch.zeros(2, 1, 8, 8), t, y.float())),
         (r"^t must have shape \(B,\)", lambda: MLP()(torch.zeros(2, 2), torch.tensor(0.5))),
     ]
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# The transformer ------------------------------------------------------------------------------------------------------
+
+
+def wide(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def typed_attention(attention, h, context):
+    """Head by head, token by token, by numpy: the weights (B, heads, N, M) and the output."""
+    own = {name: value.detach().numpy() for name, value in attention.named_parameters()}
+    q, k, v = (
+        x.detach().numpy() @ own[f"{name}.weight"].T + own[f"{name}.bias"]
+        for name, x in (("query", h), ("key", context), ("value", context))
+    )
+    heads, d = attention.heads, q.shape[2] // attention.heads
+    weights, mixed = np.zeros((len(q), heads, q.shape[1], k.shape[1])), np.zeros(q.shape)
+    for b in range(len(q)):
+        for head in range(heads):
+            part = slice(head * d, (head + 1) * d)
+            for n in range(q.shape[1]):
+                score = [np.exp(q[b, n, part] @ k[b, m, part] / np.sqrt(d)) for m in range(k.shape[1])]
+                weights[b, head, n] = np.array(score) / sum(score)
+                mixed[b, n, part] = sum(w * v[b, m, part] for m, w in enumerate(weights[b, head, n]))
+    return torch.from_numpy(weights), torch.from_numpy(mixed @ own["out.weight"].T + own["out.bias"])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 6])
+@pytest.mark.parametrize("length", [None, 1, 7])
+def test_attention_by_loops(heads, length):
+    """A weighted mean of values for each head and token, of the own sequence and of a context of any length."""
+    attention, h = lively(Attention(12, heads)).double(), wide(2, 5, 12)
+    context = None if length is None else wide(2, length, 12)
+    weights, out = typed_attention(attention, h, h if context is None else context)
+    torch.testing.assert_close(attention(h, context), out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attention.weights(h, context), weights, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        attention.weights(h, context).sum(-1), torch.ones(2, heads, 5).double(), rtol=1e-14, atol=0
+    )
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("length", [None, 7])
+def test_attention_is_torchs(heads, length):
+    """With its weights in torch's own module: output and weights."""
+    attention, h = lively(Attention(12, heads)).double(), wide(2, 5, 12)
+    context = h if length is None else wide(2, length, 12)
+    theirs = nn.MultiheadAttention(12, heads, batch_first=True).double()
+    parts = (attention.query, attention.key, attention.value)
+    theirs.load_state_dict({
+        "in_proj_weight": torch.cat([part.weight for part in parts]),
+        "in_proj_bias": torch.cat([part.bias for part in parts]),
+        "out_proj.weight": attention.out.weight,
+        "out_proj.bias": attention.out.bias,
+    })  # fmt: skip
+    out, weights = theirs(h, context, context, average_attn_weights=False)
+    given = None if length is None else context
+    torch.testing.assert_close(attention(h, given), out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attention.weights(h, given), weights, rtol=1e-12, atol=1e-12)
+
+
+def typed_block(block, kind, h, condition):
+    """The block from its own parameters; attention by the loops above."""
+    f, own = nn.functional, dict(block.named_parameters())
+
+    def normed(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return x if kind == "adaLN-Zero" else x * own[f"{name}.weight"] + own[f"{name}.bias"]
+
+    def perceptron(x):
+        x = x @ own["perceptron.0.weight"].T + own["perceptron.0.bias"]
+        x = x / 2 * (1 + torch.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+        return x @ own["perceptron.2.weight"].T + own["perceptron.2.bias"]
+
+    shift1 = scale1 = shift2 = scale2 = 0.0
+    gate1 = gate2 = 1.0
+    if kind == "adaLN-Zero":
+        c = condition.sum(1)
+        told = (c * c.sigmoid()) @ own["modulation.weight"].T + own["modulation.bias"]
+        shift1, scale1, gate1, shift2, scale2, gate2 = told.unflatten(1, (6, 1, -1)).unbind(1)
+    x = normed(h, "norm1") * (1 + scale1) + shift1
+    h = h + gate1 * typed_attention(block.attention, x, x)[1]
+    if kind == "cross-attention":
+        x = f.layer_norm(h, h.shape[-1:], own["norm_cross.weight"], own["norm_cross.bias"], 1e-6)
+        h = h + typed_attention(block.cross, x, condition)[1]
+    return h + gate2 * perceptron(normed(h, "norm2") * (1 + scale2) + shift2)
+
+
+@all_kinds
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_dit_block_by_hand(kind, tokens):
+    """Two branches and, for cross-attention, one between; modulated, attending or left alone by the condition."""
+    block = lively(DiTBlock(12, 3, 2.5, kind)).double()
+    h, condition = wide(2, 5, 12), wide(2, tokens, 12)
+    torch.testing.assert_close(block(h, condition), typed_block(block, kind, h, condition), rtol=1e-11, atol=1e-11)
+    assert block.perceptron[0].out_features == 30
+
+
+def test_only_adaln_zero_starts_as_the_identity():
+    """Its gates are zero, so a new block changes no bit; the other two kinds add something from the start."""
+    h, condition = torch.randn(2, 5, 16), torch.randn(2, 2, 16)
+    for kind in KINDS:
+        block = DiTBlock(16, 4, conditioning=kind)
+        assert torch.equal(block(h, condition), h) == (kind == "adaLN-Zero")
+        assert (block(h, condition) - h).abs().max() > 1e-2 or kind == "adaLN-Zero"
+        lively(block)
+        changed = not torch.allclose(block(h, condition), block(h, 2 * condition))
+        assert changed == (kind != "in-context")  # there the condition is in the sequence
+        assert not torch.allclose(block(h, condition), h)
+
+
+@all_kinds
+@pytest.mark.parametrize("settings", [
+    {}, {"num_classes": 10}, {"image_channels": 3, "size": 12, "patch": 2, "heads": 4, "ratio": 1.5}, {"patch": 8}, {"patch": 1, "size": 3},
+], ids=str)  # fmt: skip
+def test_dit_shapes(kind, settings):
+    """What goes in comes out in the same shape; a new net says exactly 0, also for one image and one token."""
+    new = small_dit(conditioning=kind, **settings)
+    x = torch.randn(3, settings.get("image_channels", 1), *[settings.get("size", 8)] * 2)
+    assert torch.equal(new(x, torch.rand(3)), torch.zeros_like(x))
+    net = lively(new)
+    assert net(x, torch.rand(3)).shape == x.shape == net(x, torch.rand(3)).shape
+    assert net(x[:1], torch.rand(1)).shape == x[:1].shape and net(x, torch.rand(3)).abs().min() > 0
+
+
+@all_kinds
+@pytest.mark.parametrize("channels", [1, 2])
+def test_dit_by_hand(kind, channels):
+    """Patches cut by loops, positions added, conditions made; block after block; the last layer pasted back by loops."""
+    settings = {"image_channels": channels, "size": 6, "patch": 2, "width": 12, "heads": 3, "num_classes": 4}
+    net = lively(small_dit(conditioning=kind, **settings)).double()
+    own, f = dict(net.named_parameters()), nn.functional
+    xt, t, y = wide(2, channels, 6, 6), torch.tensor([0.2, 0.9]).double(), torch.tensor([3, 4])
+    places = [(2 * row, 2 * column) for row in range(3) for column in range(3)]
+    tokens = torch.stack([xt[:, :, i : i + 2, j : j + 2].flatten(1) for i, j in places], 1)
+    tokens = tokens @ own["enter.weight"].T + own["enter.bias"]
+    line = [torch.tensor([np.cos(k), np.cos(k * 10_000 ** (-1 / 3)), np.cos(k * 10_000 ** (-2 / 3)),
+                          np.sin(k), np.sin(k * 10_000 ** (-1 / 3)), np.sin(k * 10_000 ** (-2 / 3))]) for k in range(3)]  # fmt: skip
+    h = tokens + torch.stack([torch.cat([line[i // 2], line[j // 2]]) for i, j in places])
+    condition = torch.stack([net.time(t), own["label.table.weight"][y]], 1)
+    if kind == "in-context":
+        h = torch.cat([condition, h], 1)
+    for block in net.blocks:
+        h = typed_block(block, kind, h, condition)
+    h = h[:, 2:] if kind == "in-context" else h
+    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    if kind == "adaLN-Zero":
+        shift, scale = (f.silu(condition.sum(1)) @ own["modulation.weight"].T + own["modulation.bias"]).chunk(2, 1)
+        h = h * (1 + scale[:, None]) + shift[:, None]
+    else:
+        h = h * own["norm.weight"] + own["norm.bias"]
+    h = h @ own["leave.weight"].T + own["leave.bias"]
+    expected = torch.zeros_like(xt)
+    for n, (i, j) in enumerate(places):
+        expected[:, :, i : i + 2, j : j + 2] = h[:, n].reshape(2, channels, 2, 2)
+    torch.testing.assert_close(
+        net(xt, t, y), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+    )  # float32 places
+
+
+def felt(net) -> set[str]:
+    """The parameters in which a loss has a slope."""
+    net.zero_grad()
+    g = torch.Generator().manual_seed(2)
+    x, target = torch.randn(2, 5, 1, 8, 8, generator=g).double()
+    y = torch.arange(5)
+    (net(x, torch.rand(5, generator=g).double(), y) - target).square().mean().backward()
+    return {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-13}
+
+
+def unfelt(name: str) -> bool:
+    """A key's bias adds the same to all scores of a query, and a softmax does not feel that."""
+    return name.endswith("key.bias")
+
+
+@all_kinds
+def test_gradients_reach_every_parameter_of_the_dit(kind):
+    """At the start the zero layer lets only itself learn; it wakes what is before it, and after two steps all learn."""
+    net = small_dit(num_classes=4, conditioning=kind).double()
+    every = {name for name, _ in net.named_parameters() if not unfelt(name)}
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    learning = []
+    for _ in range(3):
+        learning.append(felt(net))
+        optimizer.step()
+    assert learning[0] == {"leave.weight", "leave.bias"}
+    if kind == "adaLN-Zero":  # then the gates, closed still for what is behind them
+        assert {name for name in learning[1] if name.startswith("blocks")} == {
+            f"blocks.{n}.modulation.{part}" for n in (0, 1) for part in ("weight", "bias")
+        }
+        assert not any(name.startswith(("time", "label")) for name in learning[1])
+    else:
+        assert learning[1] == every
+    assert learning[2] == every
+    assert felt(lively(net)) == every
+    assert (net.label.table.weight.grad.abs().sum(1) > 0).all()
+
+
+@all_kinds
+def test_a_bias_of_the_keys_does_nothing(kind):
+    """What the test above leaves out has no effect at all, up to rounding."""
+    block, h, condition = lively(DiTBlock(16, 2, 2, kind)).double(), wide(2, 5, 16), wide(2, 2, 16)
+    before = block(h, condition)
+    for name, parameter in block.named_parameters():
+        if unfelt(name):
+            nn.init.normal_(parameter)
+    torch.testing.assert_close(block(h, condition), before, rtol=1e-11, atol=1e-11)
+
+
+@all_kinds
+def test_tokens_are_treated_alike(kind):
+    """A block permutes what it gives as its tokens are permuted; so does the net without positions, and not with them."""
+    order = torch.randperm(9)
+    block, h, condition = lively(DiTBlock(16, 2, 2, kind)).double(), wide(2, 9, 16), wide(2, 2, 16)
+    torch.testing.assert_close(block(h[:, order], condition), block(h, condition)[:, order], rtol=1e-10, atol=1e-11)
+    net, x, t = lively(small_dit(size=12, conditioning=kind)).double(), wide(2, 1, 12, 12), torch.rand(2).double()
+
+    def shuffled(x):
+        tokens = x.unflatten(2, (3, 4)).unflatten(4, (3, 4)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)[:, order]
+        return tokens.unflatten(1, (3, 3)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+    assert not torch.allclose(net(shuffled(x), t), shuffled(net(x, t)), atol=1e-2)
+    net.positions.zero_()
+    torch.testing.assert_close(net(shuffled(x), t), shuffled(net(x, t)), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("side, width", [(7, 96), (3, 8), (14, 16), (1, 4)])
+def test_positions(side, width):
+    """cos and sin of the row in the first half, of the column in the second, by numpy; all different, none far away."""
+    found, quarter = positions(side, width), width // 4
+    assert found.shape == (side**2, width) and found.dtype == torch.float32
+    angle = np.arange(side)[:, None] * 10_000.0 ** (-np.arange(quarter) / quarter)
+    line = np.concatenate([np.cos(angle), np.sin(angle)], 1)
+    expected = np.stack([np.concatenate([line[n // side], line[n % side]]) for n in range(side**2)])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    apart = torch.cdist(found, found) + 10 * torch.eye(side**2)
+    assert apart.min() > 0.5
+
+
+def test_labels_in_the_sequence_do_not_come_out():
+    """In context, time and label are two more tokens in the blocks, and none in the output."""
+    net, lengths = lively(small_dit(num_classes=10, conditioning="in-context")), []
+    for module in (*net.blocks, net.leave):
+        module.register_forward_hook(lambda module, given, out: lengths.append(out.shape[1]))
+    assert net(torch.randn(2, 1, 8, 8), torch.rand(2)).shape == (2, 1, 8, 8) and lengths == [6, 6, 4]
+
+
+@all_kinds
+def test_attention_maps_are_those_of_the_pass(kind, monkeypatch):
+    """One for each block, the very weights that the pass mixes with; nothing is left behind, also when the net raises."""
+    net = lively(small_dit(num_classes=10, conditioning=kind))
+    x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([1, 10, 4])
+    used, weights = {}, Attention.weights
+
+    def recorded(self, *arguments):
+        used[self] = weights(self, *arguments)
+        return used[self]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attention, "weights", recorded)
+        out = net(x, t, y)
+    maps = attention_maps(net, x, t, y)
+    tokens = 6 if kind == "in-context" else 4
+    assert len(maps) == 2 and all(one.shape == (3, 2, tokens, tokens) for one in maps)
+    for block, one in zip(net.blocks, maps, strict=True):
+        assert torch.equal(one, used[block.attention]) and not one.requires_grad
+        torch.testing.assert_close(one.sum(-1), torch.ones(3, 2, tokens))
+    assert not torch.allclose(*maps, atol=1e-2)
+    with pytest.raises(ValueError, match="^xt must have shape"):
+        attention_maps(net, x[..., :4], t, y)
+    with pytest.raises(ValueError, match="^y must be int64"):
+        attention_maps(net, x, t, y[:2])
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in net.modules())
+    assert torch.equal(net(x, t, y), out)
+
+
+@all_kinds
+def test_dit_in_bfloat16(kind):
+    """Under autocast it runs, and stays near float32; gradients come back in float32."""
+    net = awake(small_dit(num_classes=10, conditioning=kind))
+    x, t, y = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([1, 2, 3, 10])
+    with torch.autocast("cpu", torch.bfloat16):
+        low = net(x, t, y)
+        low.float().square().sum().backward()
+    high = net(x, t, y)
+    assert (low.float() - high).abs().max() < 0.05 * high.abs().max()
+    assert all(p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all()) for p in net.parameters())
+
+
+def test_dit_checks_its_arguments():
+    """Sizes that do not fit, other images, and labels or kinds that there are none of: the error names them."""
+    net, x, t, y = small_dit(), torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([1, 2])
+    cases = [
+        (r"^heads must divide the width, 16; got 3", lambda: Attention(16, 3)),
+        (r"^heads must divide the width, 16; got 0", lambda: Attention(16, 0)),
+        (r"^heads must divide the width, 20; got 3", lambda: DiT(width=20, heads=3)),
+        (r"^patch must divide the size of the images, 28; got 5", lambda: DiT(patch=5)),
+        (r"^conditioning must be one of adaLN-Zero, cross-attention, in-context; got 'adaLN'",
+         lambda: DiTBlock(16, 2, conditioning="adaLN")),
+        (r"^conditioning must be one of .*; got None", lambda: DiT(conditioning=None)),
+        (r"^xt must have shape \(B, 1, 8, 8\); got \(2, 3, 8, 8\)", lambda: net(x.expand(2, 3, 8, 8), t)),
+        (r"^xt must have shape \(B, 1, 8, 8\); got \(2, 1, 8, 4\)", lambda: net(x[..., :4], t)),
+        (r"^xt must have shape \(B, 1, 8, 8\); got \(1, 8, 8\)", lambda: net(x[0], t)),
+        (r"^y was given, but this DiT", lambda: net(x, t, y)),
+        (r"^y must be int64 of shape \(2,\)", lambda: small_dit(num_classes=3)(x, t, y.float())),
+        (r"^t must have shape \(B,\)", lambda: net(x, torch.tensor(0.5))),
+    ]  # fmt: skip
     for message, call in cases:
         with pytest.raises(ValueError, match=message):
             call()

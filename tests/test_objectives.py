@@ -301,6 +301,30 @@ def test_loss_of_a_denoiser_that_says_nothing(images):
     assert score(model.eval(), *images)["test loss"] == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize("size", [4, 16])
+def test_images_of_another_size(size, images, monkeypatch):
+    """Batches and the test loss are of resized images, in which their means are kept; so is what the samples are scored by."""
+    seen = []
+    monkeypatch.setattr(objectives, "quality", lambda model, x, y, **settings: seen.append(x) or {})
+    model, loss, draw, score = set_up("denoiser", images, size=size, **{"scored with": {"steps": 7}})
+    _, _, plain, _ = set_up("denoiser", images)
+    batch, before = draw(3), plain(3)
+    whole, told = before["x0"], (batch["y"] < 10) & (before["y"] < 10)  # which labels are dropped may differ
+    assert batch["x0"].shape == batch["eps"].shape == (16, 1, size, size)
+    assert torch.equal(batch["t"], before["t"]) and torch.equal(batch["y"][told], before["y"][told]) and told.any()
+    if size == 4:
+        close(batch["x0"][:, 0], whole.reshape(16, 4, 2, 4, 2).mean((2, 4)), 1e-5)
+    else:  # new pixels lie in fours between the centres of four old ones, with their mean
+        close(batch["x0"][..., 1:-1, 1:-1].reshape(16, 7, 2, 7, 2).mean((2, 4)), between(whole), 1e-5)
+    assert loss(model, **batch).isfinite() and math.isfinite(score(model.eval(), *images)["test loss"])
+    assert seen[0].shape == (500, 1, size, size) and images[0].shape == (500, 1, 8, 8)
+
+
+def between(x):
+    """Means of all squares of 2×2 pixels, overlapping."""
+    return (x[:, 0, :-1, :-1] + x[:, 0, 1:, :-1] + x[:, 0, :-1, 1:] + x[:, 0, 1:, 1:]) / 4
+
+
 def test_a_denoiser_can_be_scored_by_its_samples(images, monkeypatch):
     """Only if the card says with what."""
     monkeypatch.setattr(objectives, "quality", lambda model, x, y, **settings: {"beauty": settings["steps"]})

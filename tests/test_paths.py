@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.stats
 import torch
 from oracles import (
     CHAIN_BETAS,
@@ -20,14 +21,18 @@ from oracles import (
     time_on,
 )
 
-from dgm_course.paths import VE, VP, Cosine, DiscretePath, Sigmoid, Straight, SubVP
+from dgm_course.paths import VE, VP, Cosine, DiscretePath, Scaled, Sigmoid, Straight, SubVP
+from dgm_course.samplers import ddim, heun, last
 from dgm_course.schedules import linear_betas
+from dgm_course.toy import GaussianMixture
 
 INSIDE = [0.05, 0.3, 0.5, 0.85, 0.95]
 STEPS = [(0.05, 0.1), (0.25, 0.3), (0.1, 0.9), (0.5, 0.75), (0.9, 0.95), (0.6, 1.0)]  # (s, t) as parts of the way
 QUANTITIES = ["eps", "x0", "v", "score", "velocity"]
 all_paths = pytest.mark.parametrize("name", PATHS)
 continuous_paths = pytest.mark.parametrize("name", CONTINUOUS)
+TO_NOISE = [Cosine(), Cosine(-2.0), Cosine(3.0), Scaled(Cosine(), 0.5), Sigmoid(), Straight()]
+ENDS_IN_NOISE = [*TO_NOISE, DiscretePath([0.1, 1.0])]  # α(end) = 0
 
 
 def close(actual, expected, tolerance=1e-10):
@@ -75,7 +80,7 @@ def test_alpha_and_sigma_of_a_batch(name, dtype):
         close(function(t), lookup(name, t.tolist(), which), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["VP", "VP gentle", "Cosine", "Sigmoid", "Sigmoid skew", "chain"])
+@pytest.mark.parametrize("name", ["VP", "VP gentle", "Cosine", "Cosine shifted", "Sigmoid", "Sigmoid skew", "chain"])
 def test_on_the_circle(name):
     """α² + σ² = 1 at every time of a variance-preserving path."""
     path = path_of(name)
@@ -85,13 +90,13 @@ def test_on_the_circle(name):
 
 @all_paths
 def test_ends(name):
-    """At t = 0 the data are untouched: α = 1 and σ = 0 exactly, and the log-SNR is +inf."""
+    """At t = 0 the data are untouched: α = 1, or the scale, and σ = 0 exactly, and the log-SNR is +inf."""
     path = path_of(name)
-    assert path.alpha(0).item() == 1 and path.sigma(0).item() == 0
+    assert path.alpha(0).item() == (0.5 if name == "Scaled" else 1) and path.sigma(0).item() == 0
     assert path.logsnr(0).item() == math.inf
 
 
-@pytest.mark.parametrize("path", [Cosine(), Sigmoid(), Straight(), DiscretePath([0.1, 1.0])], ids=repr)
+@pytest.mark.parametrize("path", ENDS_IN_NOISE, ids=repr)
 def test_no_signal_at_the_end(path):
     """Where α(end) = 0 it is 0 exactly, σ = 1, and the log-SNR −inf."""
     assert path.alpha(path.horizon).item() == 0
@@ -116,7 +121,7 @@ def test_digits_near_the_data(name, t):
     assert path_of(name).sigma(t).item() == pytest.approx(known(name, t)[1], rel=1e-12, abs=0)
 
 
-@pytest.mark.parametrize("name", ["Cosine", "Sigmoid", "Sigmoid skew", "Straight"])
+@pytest.mark.parametrize("name", ["Cosine", "Cosine shifted", "Scaled", "Sigmoid", "Sigmoid skew", "Straight"])
 @pytest.mark.parametrize("gap", [2.0**-40, 2.0**-25, 2.0**-10])
 def test_digits_near_the_noise(name, gap):
     """α keeps its relative digits near t = 1 on the paths where it ends at 0."""
@@ -159,8 +164,11 @@ def closed_sde(name: str, t: float) -> tuple[float, float]:
     if name.startswith("VE"):
         low, high = (0.01, 50.0) if name == "VE" else (0.1, 3.0)
         return 0.0, 2 * math.log(high / low) * low**2 * (high / low) ** (2 * t)
-    if name == "Cosine":
+    if name in ("Cosine", "Scaled"):  # the scale is in no rate: (log bα)' = (log α)'
         return -math.pi / 2 * math.tan(math.pi * t / 2), math.pi * math.tan(math.pi * t / 2)
+    if name == "Cosine shifted":  # on the circle f = ½σ²λ' and g² = −σ²λ', with λ = −2 log tan(πt/2) − 2
+        rate = -2 * math.pi / math.sin(math.pi * t) * known(name, t)[1] ** 2
+        return rate / 2, -rate
     if name == "Straight":
         return -1 / (1 - t), 2 * t / (1 - t)
     kept = CONTINUOUS[name][1]
@@ -189,14 +197,15 @@ def test_moments_of_the_sde(name):
         f, g2 = path.drift(t).item(), path.diffusion2(t).item()
         return [f * moments[0], 2 * f * moments[1] + g2]
 
-    solved = scipy.integrate.solve_ivp(rate, (0, 0.9), [1.0, 0.0], method="DOP853", rtol=1e-9, atol=1e-12, t_eval=stops)
+    start = [known(name, 0)[0], 0.0]
+    solved = scipy.integrate.solve_ivp(rate, (0, 0.9), start, method="DOP853", rtol=1e-9, atol=1e-12, t_eval=stops)
     for t, mean, var in zip(stops, *solved.y, strict=True):
         alpha, sigma = known(name, t)
         assert mean == pytest.approx(alpha, rel=1e-7)
         assert var == pytest.approx(sigma**2, rel=1e-7)
 
 
-@pytest.mark.parametrize("path", [Cosine(), Sigmoid(), Straight()], ids=repr)
+@pytest.mark.parametrize("path", TO_NOISE, ids=repr)
 def test_infinite_drift(path):
     """Where α(1) = 0 drift and diffusion are infinite at t = 1, and the error says so; also inside a batch."""
     for function, what in ((path.drift, "drift"), (path.diffusion2, "diffusion")):
@@ -344,10 +353,10 @@ def test_bridges_compose(name, r, s, t):
 @all_paths
 @pytest.mark.parametrize("unit", [0.05, 0.5, 1.0])
 def test_bridge_to_the_data(name, unit, generator):
-    """At s = 0 the posterior is x_0, with variance 0."""
+    """At s = 0 the posterior is α(0)·x_0, with variance 0."""
     x0, xt = normals(3, 2, generator=generator), normals(3, 2, generator=generator)
     mean, var = path_of(name).posterior(xt, x0, 0, time_on(name, unit))
-    close(mean, x0, 1e-12)
+    close(mean, known(name, 0)[0] * x0, 1e-12)
     assert var.item() == 0
 
 
@@ -466,7 +475,9 @@ def test_score_is_the_gradient(name, generator):
     close(path_of(name).convert(score, xt.detach(), t, "score", "eps"), eps)
 
 
-@pytest.mark.parametrize("name", ["VP", "Cosine", "Sigmoid", "SubVP", "VE", "Straight", "chain"])
+@pytest.mark.parametrize(
+    "name", ["VP", "Cosine", "Cosine shifted", "Scaled", "Sigmoid", "SubVP", "VE", "Straight", "chain"]
+)
 @pytest.mark.parametrize("unit", [0.0, 1.0])
 def test_v_at_both_ends(name, unit, generator):
     """(x_t, v) gives x_0 and ε at both ends, wherever the path ends."""
@@ -486,7 +497,7 @@ def test_straight_velocity_at_both_ends(generator):
         close(Straight().convert(eps - x0, xt, t, "velocity", "eps"), eps, 1e-14)
 
 
-@pytest.mark.parametrize("path", [Cosine(), Sigmoid(), Straight(), DiscretePath([0.1, 1.0])], ids=repr)
+@pytest.mark.parametrize("path", ENDS_IN_NOISE, ids=repr)
 @pytest.mark.parametrize("announced", [False, True])
 def test_noise_alone_determines_no_data(path, announced):
     """Where α = 0, (x_t, ε) holds nothing of x_0 or v: converting raises and names the time, for numbers and in a batch."""
@@ -510,7 +521,7 @@ def test_data_alone_determine_no_noise(name):
             path_of(name).convert(x, x, 0, "x0", to)
     with pytest.raises(ValueError, match="score.*not finite at t"):
         path_of(name).quantity("score", x, x, 0)
-    close(path_of(name).convert(x, 2 * x, 0, "eps", "x0"), 2 * x)
+    close(path_of(name).convert(x, 2 * x, 0, "eps", "x0"), 2 * x / known(name, 0)[0])
 
 
 @pytest.mark.parametrize("name, unit", [("VP", 0.0), ("VE", 0.0), ("Sigmoid", 0.0), ("Sigmoid", 1.0)])
@@ -526,6 +537,109 @@ def test_given_is_asked():
     x = torch.ones(2, 3)
     for name in QUANTITIES:
         assert torch.equal(Cosine().convert(x, 2 * x, 1.0, name, name), x)
+
+
+# A log-SNR moved up or down -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [-20.0, -2.0, 0.0, 0.7, 4.0, 20.0])
+def test_shifted_cosine(shift):
+    """log(α²/σ²) = −2 log tan(πt/2) + shift in 40 digits, on the circle, both ends exact; σ and α keep their digits."""
+    path, times = Cosine(shift), [1e-9, 1e-4, 0.05, 0.2, 0.5, 0.77, 0.999, 1 - 2.0**-30]
+    assert (path.alpha(0).item(), path.sigma(0).item(), path.logsnr(0).item()) == (1, 0, math.inf)
+    assert (path.alpha(1).item(), path.sigma(1).item(), path.logsnr(1).item()) == (0, 1, -math.inf)
+    for t in times:
+        logsnr = -2 * mp.log(mp.tan(mp.pi * mp.mpf(t) / 2)) + mp.mpf(shift)
+        assert path.logsnr(t).item() == pytest.approx(float(logsnr), rel=1e-12, abs=1e-12)
+        assert path.alpha(t).item() == pytest.approx(float(mp.sqrt(1 / (1 + mp.exp(-logsnr)))), rel=1e-12, abs=0)
+        assert path.sigma(t).item() == pytest.approx(float(mp.sqrt(1 / (1 + mp.exp(logsnr)))), rel=1e-12, abs=0)
+    t = torch.linspace(0, 1, 301, dtype=torch.float64)
+    close(path.alpha(t) ** 2 + path.sigma(t) ** 2, torch.ones(301), 1e-14)
+
+
+def test_no_shift_is_the_plain_cosine():
+    """Without a shift α and σ are a quarter turn, to the last digits."""
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    for path in (Cosine(), Cosine(0.0)):
+        np.testing.assert_allclose(path.alpha(t), np.sin(np.pi / 2 * (1 - t.numpy())), rtol=0, atol=1e-15)
+        np.testing.assert_allclose(path.sigma(t), np.sin(np.pi / 2 * t.numpy()), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("shift", [-4.0, 1.5])
+@pytest.mark.parametrize("t", INSIDE)
+def test_sde_of_the_shifted_cosine(shift, t):
+    """f = ½σ²λ' and g² = −σ²λ' with λ' = −2π/sin πt, whatever the shift; and both by differences of the closed form."""
+    path, h = Cosine(shift), 1e-5
+    var = 1 / (1 + math.exp(shift) / math.tan(math.pi * t / 2) ** 2)
+    rate = -2 * math.pi / math.sin(math.pi * t)
+    assert path.drift(t).item() == pytest.approx(var * rate / 2, rel=1e-10)
+    assert path.diffusion2(t).item() == pytest.approx(-var * rate, rel=1e-10)
+    low, high = (1 / (1 + math.exp(-shift) * math.tan(math.pi * u / 2) ** 2) for u in (t - h, t + h))  # α²
+    assert path.drift(t).item() == pytest.approx((math.log(high) - math.log(low)) / (4 * h), rel=1e-6)
+
+
+def posterior_over(images, xt, path, t):
+    """p(image | x_t) for images that are equally likely, from the normal density of each pixel."""
+    alpha, sigma = path.alpha(t).item(), path.sigma(t).item()
+    log_p = scipy.stats.norm.logpdf(xt, alpha * images, sigma).sum((1, 2))
+    return np.exp(log_p - log_p.max()) / np.exp(log_p - log_p.max()).sum()
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_copied_pixels_ask_for_a_shift(copies, shift):
+    """The mean of r² noisy copies of a pixel has noise σ/r: with shift −2 log r the same is known at the same t, without more."""
+    rng = np.random.default_rng(0)
+    small = rng.normal(size=(6, 4, 4))
+    large = small.repeat(copies, 1).repeat(copies, 2)
+    path, moved = Cosine(shift), Cosine(shift - 2 * math.log(copies))
+    for t in (0.3, 0.5, 0.8):
+        xt = moved.alpha(t).item() * large[2] + moved.sigma(t).item() * rng.normal(size=large[2].shape)
+        mean = xt.reshape(4, copies, 4, copies).mean((1, 3))
+        seen = mean * copies * path.sigma(t).item() / moved.sigma(t).item()  # the same noise as on the small image
+        np.testing.assert_allclose(
+            posterior_over(large, xt, moved, t), posterior_over(small, seen, path, t), rtol=1e-9, atol=1e-12
+        )
+    unmoved, alone = (posterior_over(x, path.alpha(0.8).item() * x[2], path, 0.8)[2] for x in (large, small))
+    assert unmoved > alone + 0.05  # copies at the same noise give the image away
+
+
+@pytest.mark.parametrize("path", [VP(), VE(), Cosine(), Straight(), SubVP()], ids=repr)
+@pytest.mark.parametrize("scale", [0.1, 0.5, 3.0])
+def test_scaled_data(path, scale):
+    """x_t is that of the data b·x_0: the log-SNR moves by 2 log b at every t, and the noise stays."""
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    scaled, x0, eps = Scaled(path, scale), torch.tensor([0.7, -1.2]).double(), torch.tensor([0.3, 0.4]).double()
+    close(scaled.logsnr(t), path.logsnr(t) + 2 * math.log(scale), 1e-12)
+    close(scaled.alpha(t), scale * path.alpha(t), 1e-15)
+    assert torch.equal(scaled.sigma(t), path.sigma(t))
+    close(scaled.perturb(x0, 0.4, eps), path.perturb(scale * x0, 0.4, eps), 1e-14)
+    assert Scaled(path, 1.0).alpha(0.3) == path.alpha(0.3) and scaled.horizon == 1
+
+
+@pytest.mark.parametrize("scale", [0.2, 0.5, 2.0])
+def test_scaled_cosine_is_a_shifted_one(scale):
+    """Divided by √(b²α² + σ²), the deviation of x_t for data of variance 1, it is Cosine with shift 2 log b."""
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    angle = np.pi / 2 * t.numpy()
+    norm = np.sqrt(scale**2 * np.cos(angle) ** 2 + np.sin(angle) ** 2)
+    scaled, shifted = Scaled(Cosine(), scale), Cosine(shift=2 * math.log(scale))
+    close(scaled.alpha(t) / norm, shifted.alpha(t), 1e-14)
+    close(scaled.sigma(t) / norm, shifted.sigma(t), 1e-14)
+
+
+@pytest.mark.parametrize("path", [Scaled(Cosine(), 0.4), Scaled(Straight(), 2.0), Cosine(-2.0), Cosine(3.0)], ids=repr)
+@pytest.mark.parametrize("sampler", [ddim, heun])
+def test_samplers_on_moved_paths(path, sampler, generator):
+    """From noise, with the exact denoiser, the last state over α(0) has the mixture's mean, variance and weights."""
+    mixture = GaussianMixture(times_of([[-1.0], [2.0]]), times_of([0.04, 0.25]), times_of([0.3, 0.7]))
+    x = normals(4000, 1, generator=generator)
+    x = last(sampler(mixture.denoiser(path), path, x, path.times(200 if sampler is ddim else 60)))
+    x = x[:, 0] / path.alpha(0)
+    mean, var = 0.3 * -1 + 0.7 * 2, 0.3 * 0.04 + 0.7 * 0.25 + 0.3 * 0.7 * 3**2
+    assert x.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(var / 4000) + 0.01)
+    assert x.var().item() == pytest.approx(var, rel=0.06)
+    assert (x < 0.2).double().mean().item() == pytest.approx(0.3, abs=0.04)
 
 
 # Types, shapes and errors ---------------------------------------------------------------------------------------------
@@ -679,6 +793,13 @@ def test_arguments_are_checked(name):
         (lambda: VE(2, 1), "^sigma_min and sigma_max"),
         (lambda: Sigmoid(3, -3), "^start, end and tau"),
         (lambda: Sigmoid(tau=0), "^start, end and tau"),
+        (lambda: Cosine(shift=math.inf), "^shift must be finite; got inf"),
+        (lambda: Cosine(shift=math.nan), "^shift must be finite; got nan"),
+        (lambda: Scaled(DiscretePath([0.1, 0.2]), 0.5), "^path must be continuous, .*; got DiscretePath"),
+        (lambda: Scaled(Cosine(), 0.0), "^scale must be positive; got 0.0"),
+        (lambda: Scaled(Cosine(), -0.5), "^scale must be positive; got -0.5"),
+        (lambda: Scaled(Cosine(), math.inf), "^scale must be positive; got inf"),
+        (lambda: Scaled(Cosine(), math.nan), "^scale must be positive; got nan"),
     ],
 )
 def test_settings_are_checked(make, message):

@@ -187,9 +187,9 @@ def test_unknown_recipe(name, tmp_path):
 
 
 def test_shipped_recipes_fit_the_budget(monkeypatch):
-    """Each can be built and written as JSON; a U-Net has at most 0.6 million parameters, a flow 2, anything else 1.2."""
+    """Each can be built and written as JSON; a U-Net has at most 0.6 million parameters, a flow 2, a DiT and all else 1.2."""
     monkeypatch.undo()
-    assert {"mnist-unet", "mnist-classifier", "mnist-predictions", "mnist-realnvp"} <= set(recipes.names())
+    assert {"mnist-unet", "mnist-dit", "mnist-classifier", "mnist-predictions", "mnist-realnvp"} <= set(recipes.names())
     for name in recipes.names():
         recipe = json.loads(json.dumps(recipes.RECIPES[name]))
         assert recipe == recipes.RECIPES[name]  # a tuple would come back as a list, and a stopped table not go on
@@ -215,6 +215,49 @@ def test_shipped_recipes_fit_the_budget(monkeypatch):
                 assert card["scored with"]["samples"] % 10 == 0 and (plain or card["net"]["num_classes"] == 10)
         assert len({json.dumps(values) for values in varied}) == len(varied) > 0
         assert recipe["data"] in data.NAMES and recipe["steps"] > 0 and recipe["batch"] > 0 and recipe["what"]
+
+
+def test_backbones_are_compared_at_equal_size(monkeypatch):
+    """Their parameters lie within 5 % of each other, each kind is another network, and all else is the same for all."""
+    monkeypatch.undo()
+    recipe = recipes.RECIPES["mnist-backbones"]
+    assert recipe["vary"]["kind"] == list(recipe["kinds"]) and all(
+        set(kind) == {"net"} for kind in recipe["kinds"].values()
+    )
+    made = {name: checkpoints.build(recipe | kind | {"seed": 0}) for name, kind in recipe["kinds"].items()}
+    sizes = [sum(p.numel() for p in model.parameters()) for model in made.values()]
+    assert max(sizes) / min(sizes) < 1.05, dict(zip(made, sizes, strict=True))
+    x, t, y = torch.zeros(2, 1, 28, 28), torch.tensor([0.2, 0.7]), torch.tensor([3, 10])
+    with torch.no_grad():
+        assert all(model(x, t, y=y).shape == x.shape for model in made.values())
+    kinds = {name: (type(model.net), getattr(model.net, "skip", None)) for name, model in made.items()}
+    assert kinds["U-Net"] == (nets.UNet, True) and kinds["U-Net without skip"] == (nets.UNet, False)
+    dits = [name for name, (cls, _) in kinds.items() if cls is nets.DiT]
+    assert [recipe["kinds"][name]["net"].get("conditioning", "adaLN-Zero") for name in dits] == [
+        name.removeprefix("DiT, ") for name in dits
+    ] and len(dits) == 3
+
+
+def test_resolutions_differ_in_the_images_alone(monkeypatch):
+    """Every size is folded to 14×14, so the bodies are the same and only the first and last layer grow with the pixels."""
+    monkeypatch.undo()
+    recipe = recipes.RECIPES["mnist-resolutions"]
+    assert recipe["vary"]["kind"] == list(recipe["kinds"])
+    bodies, shifts = [], [path["shift"] for path in recipe["vary"]["path"]]
+    for name, kind in recipe["kinds"].items():
+        model = checkpoints.build(recipe | kind | {"seed": 0, "path": recipe["vary"]["path"][0]})
+        assert model.path.shift == shifts[0] and name == f"{kind['size']} px"
+        with torch.no_grad():
+            x = torch.zeros(2, 1, kind["size"], kind["size"])
+            folded = torch.nn.functional.pixel_unshuffle(x, model.net.fold)
+            assert folded.shape[2:] == (14, 14) and model(x, 0.5, y=torch.tensor([3, 10])).shape == x.shape
+        bodies.append({
+            key: value.shape
+            for key, value in model.net.state_dict().items()
+            if not key.startswith(("enter", "leave.2"))
+        })  # fmt: skip
+    assert all(body == bodies[0] for body in bodies) and len(bodies) == 3
+    assert len(set(shifts)) == 5 and {0.0, -2.0, 2.0} <= set(shifts)
 
 
 def test_times_and_scores_of_a_recipe(tmp_path, monkeypatch):
@@ -510,6 +553,7 @@ def judge(monkeypatch):
     """In place of every classifier that is asked for."""
     judge = Judge()
     judge.asked = []
+    monkeypatch.setattr(objectives, "JUDGED", 8)  # the side of the images below, so that they are left as they are
     monkeypatch.setattr(checkpoints, "load", lambda name: judge.asked.append(name) or judge)
     return judge
 
@@ -606,6 +650,32 @@ def test_quality_draws_with_the_eta_it_is_given(eta, judge, generator, monkeypat
     objectives.quality(Memory(x), x, y, classifier="judge", samples=50, steps=2, draws=1, eta=eta)
     assert torch.equal(torch.get_rng_state(), state)
     assert [options["eta"] for options in seen] == [eta] and isinstance(seen[0]["generator"], torch.Generator)
+
+
+@pytest.mark.parametrize("size", [14, 28, 56])
+def test_quality_is_judged_at_28_pixels(size, generator, monkeypatch):
+    """The classifier sees samples and real images of its own size, whatever size the model makes."""
+    seen = []
+
+    class Counts(torch.nn.Module):
+        def features(self, x):
+            seen.append(x)
+            return x.flatten(1)[:, :5]
+
+        def forward(self, x):
+            return self.features(x).repeat(1, 2)
+
+    monkeypatch.setattr(checkpoints, "load", lambda name: Counts())
+    x, y = torch.rand(40, 1, size, size, generator=generator), torch.arange(40) % 10
+    stored = torch.rand(40, 1, size, size, generator=generator)
+    memory = Memory(stored)
+    objectives.quality(memory, x, y, classifier="judge", samples=40, steps=1, draws=1)
+    assert memory.noise[0].shape == (40, 1, size, size) and all(part.shape == (40, 1, 28, 28) for part in seen)
+    if size == 28:
+        assert torch.equal(seen[0], stored)
+    if size == 56:
+        torch.testing.assert_close(seen[0][:, 0], stored.reshape(40, 28, 2, 28, 2).mean((2, 4)))
+    torch.testing.assert_close(seen[0].mean(), stored.mean(), rtol=1e-2, atol=0)
 
 
 def test_floor_of_real_images(judge, generator):

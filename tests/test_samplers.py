@@ -177,7 +177,7 @@ def test_dpm_solver_pp_2m_step(name, generator):
     close(dpm_solver_pp_2m_step(path, xt, x0, t, s, before, t_before), typed_2m(name, xt, x0, t, s, before, t_before))
     close(dpm_solver_pp_2m_step(path, xt, x0, t, s), typed_2m(name, xt, x0, t, s))
     close(dpm_solver_pp_2m_step(path, xt, x0, t, s), typed_ddim(name, xt, x0, t, s))
-    close(dpm_solver_pp_2m_step(path, xt, x0, t, 0, before, t_before), x0, 1e-12)
+    close(dpm_solver_pp_2m_step(path, xt, x0, t, 0, before, t_before), known(name, 0)[0] * x0, 1e-12)
 
 
 @all_paths
@@ -474,13 +474,13 @@ def test_states(sampler, name, dtype, generator):
 @all_samplers
 @all_paths
 def test_last_state_is_the_denoised_one(sampler, name, generator):
-    """At t = 0 the state is x̂_0 of the state before, with no noise on it."""
-    path, times = path_of(name), grid_of(name)
+    """At t = 0 the state is α(0)·x̂_0 of the state before, with no noise on it."""
+    path, times, alpha = path_of(name), grid_of(name), known(name, 0)[0]
     x = known(name, times[0])[1] * normals(3, 2, generator=generator)
     states = list(SAMPLERS[sampler](smooth, path, x, times, generator=generator))
-    close(states[-1], smooth(states[-2], times[-2]), 1e-12)
+    close(states[-1], alpha * smooth(states[-2], times[-2]), 1e-12)
     one = last(SAMPLERS[sampler](smooth, path, x, [times[0], 0], generator=generator))
-    close(one, smooth(x, times[0]), 1e-12)
+    close(one, alpha * smooth(x, times[0]), 1e-12)
 
 
 @all_samplers

@@ -7,8 +7,16 @@ import pytest
 import torch
 from oracles import mp
 
+from dgm_course.denoisers import Denoiser, clipped
 from dgm_course.paths import DiscretePath
-from dgm_course.schedules import constant_betas, cosine_betas, linear_betas, quadratic_betas, sigmoid_betas
+from dgm_course.schedules import (
+    constant_betas,
+    cosine_betas,
+    linear_betas,
+    quadratic_betas,
+    sigmoid_betas,
+    zero_terminal,
+)
 
 EVERY = [constant_betas, linear_betas, quadratic_betas, cosine_betas, sigmoid_betas]
 
@@ -101,6 +109,63 @@ def test_without_a_clip_no_signal_is_left(schedule):
     assert betas[-1].item() == 1 and DiscretePath(betas).alpha_bars[-1].item() == 0
 
 
+# No signal at the end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", EVERY)
+@pytest.mark.parametrize("T", [30, 300])
+def test_zero_terminal(schedule, T):
+    """√ᾱ goes through one affine map that keeps its first value and takes its last to 0, in 40 digits; ᾱ_T is 0 exactly."""
+    betas = schedule(T)
+    before, left = betas.clone(), [mp.mpf(1)]
+    for beta in betas.tolist():
+        left.append(left[-1] * (1 - mp.mpf(beta)))
+    left = [mp.sqrt(share) for share in left[1:]]
+    slope = left[0] / (left[0] - left[-1])
+    moved = zero_terminal(betas)
+    path = DiscretePath(moved)
+    assert torch.equal(betas, before) and moved.shape == (T,) and moved.dtype == torch.float64
+    expected = [float(slope * (alpha - left[-1])) for alpha in left]
+    np.testing.assert_allclose(path.alpha(torch.arange(1, T + 1)), expected, rtol=0, atol=1e-13)
+    assert path.alpha(T).item() == 0 == path.alpha_bars[-1] and moved[-1].item() == 1
+    assert path.alpha_bars[1].item() == pytest.approx(1 - before[0].item(), rel=1e-13)
+    assert bool((path.alpha_bars.diff() < 0).all())
+    assert path.logsnr(T).item() == -math.inf
+
+
+def test_zero_terminal_takes_the_rest_of_the_signal():
+    """DDPM's linear chain leaves √4.04e-5 of the data at T; before that less is taken, the less the earlier."""
+    before, after = DiscretePath(linear_betas(1000)), DiscretePath(zero_terminal(linear_betas(1000)))
+    t = torch.arange(2, 1001)
+    lost = before.alpha(t) - after.alpha(t)
+    assert 0 < lost.min() < 1e-6 and bool((lost.diff() > 0).all())
+    assert lost.max().item() == pytest.approx(math.sqrt(4.04e-5), rel=1e-3)
+
+
+def test_zero_terminal_twice_is_once():
+    """A schedule that ends without signal stays as it is; a list will do."""
+    once = zero_terminal([0.1, 0.2, 0.3])
+    np.testing.assert_allclose(zero_terminal(once), once, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(zero_terminal([0.1, 1.0]), [0.1, 1.0], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("predicts", ["eps", "score", "v", "x0"])
+def test_what_can_be_predicted_from_pure_noise(predicts):
+    """At T the noise says nothing of the data and raises; v is −x_0 there, and x_0 itself."""
+    path, x = DiscretePath(zero_terminal(linear_betas(50))), torch.tensor([[0.3], [-0.8]], dtype=torch.float64)
+    d = Denoiser(lambda xt, t: x, path, predicts)
+    if predicts in ("eps", "score"):
+        for denoiser in (d, clipped(d)):
+            with pytest.raises(ValueError, match=f"x_t and {predicts} do not determine x0"):
+                denoiser(torch.ones(2, 1, dtype=torch.float64), 50)
+    else:
+        guess = d(torch.ones(2, 1, dtype=torch.float64), 50)
+        np.testing.assert_allclose(guess, -x if predicts == "v" else x, rtol=0, atol=1e-15)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("schedule", EVERY)
 @pytest.mark.parametrize("T", [0, -5, 10.0, "10", None])
 def test_length_is_checked(schedule, T):
@@ -124,6 +189,10 @@ def test_length_is_checked(schedule, T):
         (lambda: sigmoid_betas(10, clip=0), "^clip"),
         (lambda: sigmoid_betas(10, start=3, end=-3), "^start, end and tau"),
         (lambda: sigmoid_betas(10, tau=0), "^start, end and tau"),
+        (lambda: zero_terminal([0.1]), "^betas must be at least two; got 1"),
+        (lambda: zero_terminal([]), "^betas must have shape"),
+        (lambda: zero_terminal(torch.zeros(3)), r"^betas must lie in \(0, 1\]"),
+        (lambda: zero_terminal([0.1, 1.0, 0.1]), "^betas may be 1 in the last step only"),
     ],
 )
 def test_settings_are_checked(make, message):

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import nn
 
 import dgm_course
-from dgm_course import losses, training
+from dgm_course import checkpoints, cli, data, losses, recipes, training
 from dgm_course.denoisers import Denoiser
 from dgm_course.nets import MLP
 from dgm_course.paths import Cosine, DiscretePath, Straight
@@ -58,13 +58,12 @@ def stopping(signum: int, at: int = STOP):
     return draw
 
 
-def elsewhere(code: str) -> subprocess.CompletedProcess:
-    """Run code that may import this file in a process of its own."""
+def elsewhere(*command: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run Python with these arguments; its code may import this file."""
     folders = [str(Path(__file__).parent), str(Path(dgm_course.__file__).parents[1])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"} | variables
     environment.pop("TQDM_DISABLE", None)
-    command = [sys.executable, "-c", f"import test_training\n{code}"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -102,7 +101,8 @@ def in_another_process(folder: str) -> None:
 def elsewhere_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """One other process for all tests that need one, because it takes seconds to start; its folder and its end."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    return folder, elsewhere(f"test_training.in_another_process({str(folder)!r})")
+    code = f"import test_training; test_training.in_another_process({str(folder)!r})"
+    return folder, elsewhere("-c", code)
 
 
 # Stop and go on -----------------------------------------------------------------------------------------------------
@@ -699,8 +699,32 @@ def test_shares_must_be_equal():
         training._share({"x": torch.zeros(5)}, SimpleNamespace(num_processes=2, process_index=0, device="cpu"))
 
 
+TINY = {
+    "what": "a tiny DiT",
+    "data": "mnist",
+    "net": {"class": "DiT", "width": 16, "depth": 1, "heads": 2, "num_classes": 10},
+    "path": {"class": "Cosine"},
+    "predicts": "v",
+    "steps": 4,
+    "batch": 8,
+    "seed": 3,
+    "fit": {"precision": "float32"},
+}
+
+
+def tiny_recipe(folder: str) -> list[float]:
+    """Train a tiny recipe on 500 images by the command line; the losses."""
+    images, fits, fit = data.load("mnist", "test").select(range(500)), [], training.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "RECIPES", {"tiny": TINY})
+        patch.setattr(data, "load", lambda *_: images)
+        patch.setattr(training, "fit", lambda *given, **options: fits.append(fit(*given, **options)) or fits[-1])
+        cli.app(["train", "tiny", "--out", folder], standalone_mode=False)
+    return fits[0].losses
+
+
 def two_processes(folder: str) -> None:
-    """Train in two processes: once to the end, and once until one of the two is told to stop."""
+    """Train in two processes: to the end, until one of the two is told to stop, and a recipe by the command line."""
     from accelerate import Accelerator
 
     assert Accelerator().num_processes == 2
@@ -719,12 +743,19 @@ def two_processes(folder: str) -> None:
         quick(linear(), draw=draw, lr=0.05, state=f"{folder}/state.pt")
     except KeyboardInterrupt as stop:
         Path(f"{folder}/{rank}.txt").write_text(str(stop))
+    torch.save(tiny_recipe(f"{folder}/runs"), f"{folder}/recipe-{rank}.pt")
 
 
-def test_two_processes_equal_one(tmp_path):
-    """They share each batch; weights, average and losses are those of one process, also after a stop of one of them."""
-    launch = f"debug_launcher(test_training.two_processes, ({str(tmp_path)!r},))"
-    done = elsewhere(f"from accelerate import debug_launcher\n{launch}")
+def test_two_launched_processes_equal_one(tmp_path):
+    """By `accelerate launch` they share each batch; all that comes out is as from one process, also after a stop of one.
+
+    Without a GPU the launcher has to be told by ACCELERATE_USE_CPU: its option --cpu starts one process, whatever the number asked.
+    """
+    script = tmp_path / "script.py"
+    script.write_text(f"import test_training\ntest_training.two_processes({str(tmp_path)!r})\n")
+    launch = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1".split()
+    plain = "--mixed_precision no --dynamo_backend no --main_process_port 0".split()  # port 0: any that is free
+    done = elsewhere(*launch, *plain, str(script), ACCELERATE_USE_CPU="true", HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
     model = linear()
     one = quick(model, draw=precise, lr=0.05)
@@ -737,3 +768,10 @@ def test_two_processes_equal_one(tmp_path):
     resumed = linear()
     quick(resumed, draw=precise, lr=0.05, state=tmp_path / "state.pt")
     torch.testing.assert_close(resumed.weight, model.weight, rtol=0, atol=1e-12)
+    expected = tiny_recipe(str(tmp_path / "alone"))
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"recipe-{rank}.pt") == pytest.approx(expected, rel=1e-5)
+    assert sorted(file.name for file in (tmp_path / "runs").iterdir()) == ["tiny.json", "tiny.safetensors"]
+    together, alone = (checkpoints.load("tiny", tmp_path / folder) for folder in ("runs", "alone"))
+    torch.testing.assert_close(together.state_dict(), alone.state_dict(), rtol=0, atol=2e-3)  # stored in 16 bits
+    assert together.card["scores"]["test loss"] == pytest.approx(alone.card["scores"]["test loss"], abs=2e-4)

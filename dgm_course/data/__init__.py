@@ -109,8 +109,8 @@ def resized(x: Tensor, size: int) -> Tensor:
     """Images at another resolution: means over squares of pixels for a smaller one, bilinear for a larger one.
 
     Arguments:
-        x: Shape (B, C, S, S).
-        size: The new side: a divisor or a multiple of S.
+        x: Shape (B, C, H, W).
+        size: The new width, a divisor or a multiple of W; the height changes alike.
 
     Raises:
         ValueError: If `size` is neither.
@@ -124,7 +124,7 @@ def resized(x: Tensor, size: int) -> Tensor:
         raise ValueError(f"size must be a divisor or a multiple of {side}; got {size}")
     if size <= side:
         return torch.nn.functional.avg_pool2d(x, side // size)
-    return torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear")
+    return torch.nn.functional.interpolate(x, scale_factor=size // side, mode="bilinear")
 
 
 def content_hash(x: Tensor, y: Tensor) -> str:

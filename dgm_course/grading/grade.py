@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -59,7 +60,7 @@ class HiddenTests:
         return made
 
 
-def grade(submission: Submission, tests: HiddenTests, limits: Limits, level: str) -> dict:
+def grade(submission: Submission, tests: HiddenTests, limits: Limits, level: str, stop: Sequence = ()) -> dict:
     """The result of one submission, whatever is wrong with it.
 
     Arguments:
@@ -67,6 +68,10 @@ def grade(submission: Submission, tests: HiddenTests, limits: Limits, level: str
         tests: The hidden tests.
         limits: What it may use.
         level: The isolation level to run it at.
+        stop: Empty until the grader shall stop.
+
+    Raises:
+        KeyboardInterrupt: If the grader shall stop.
     """
     start = time.monotonic()
     result = blank(submission, tests, limits, level)
@@ -77,7 +82,7 @@ def grade(submission: Submission, tests: HiddenTests, limits: Limits, level: str
         except ValueError as error:
             result["problem"] = f"the file is no notebook that can be read: {error}"
         else:
-            answers = run(sources, tests, limits, level, result)
+            answers = run(sources, tests, limits, level, result, stop)
     for name, exercise in tests.exercises.items():
         result["exercises"].append(score(exercise, tests.cases()[name], answers.get(name, {})))
     result["score"] = sum(entry["score"] for entry in result["exercises"])
@@ -112,13 +117,13 @@ def failure(submission: Submission, tests: HiddenTests, limits: Limits, problem:
     return result
 
 
-def run(sources: list[str], tests: HiddenTests, limits: Limits, level: str, result: dict) -> dict:
+def run(sources: list[str], tests: HiddenTests, limits: Limits, level: str, result: dict, stop: Sequence) -> dict:
     """Execute the cells, ask every function; the answers by exercise and group. Fills in what concerns the notebook."""
     total = limits.notebook_seconds + limits.exercise_seconds * len(tests.exercises)
     processes = None if level == "none" else 64  # without a user of its own the instructor's processes would count too
     bounds = {"memory_gb": limits.memory_gb, "cpu_seconds": START + total, "processes": processes}
     answers = {}
-    with session(level, bounds) as runner:
+    with session(level, bounds, stop) as runner:
         try:
             result["problem"] = execute(runner, sources, limits.notebook_seconds, result)
             if result["problem"] is None:

@@ -3,12 +3,10 @@
 import contextlib
 import hashlib
 import json
-import os
 import secrets
 import signal
-import threading
-from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from dgm_course.grading.report import write_atomically
 from dgm_course.grading.sandbox import level
 from dgm_course.grading.submission import Submission
 
-__all__ = ["Untrusted", "finished", "grade_all", "open_folder"]
+__all__ = ["Untrusted", "ctrl_c", "finished", "grade_all", "open_folder"]
 
 
 class Untrusted(RuntimeError):
@@ -105,15 +103,15 @@ def grade_all(
             yield result
     if not waiting:
         return
-    for result in (
-        on_cluster(dask, waiting, tests, limits, trust) if dask else here(waiting, tests, limits, trust, jobs)
-    ):
-        write_atomically(out / "results" / f"{result['student']}.json", json.dumps(result, indent=1))
-        yield result
+    new = on_cluster(dask, waiting, tests, limits, trust) if dask else here(waiting, tests, limits, trust, jobs)
+    with contextlib.closing(new):  # at once, whatever happens here: else what still runs would be waited for
+        for result in new:
+            write_atomically(out / "results" / f"{result['student']}.json", json.dumps(result, indent=1))
+            yield result
 
 
-def one(submission: Submission, tests: HiddenTests, limits: Limits, trust: bool) -> dict:
-    """Grade one submission on the machine where this is called."""
+def one(submission: Submission, tests: HiddenTests, limits: Limits, trust: bool, stop: Sequence = ()) -> dict:
+    """Grade one submission on the machine where this is called; a KeyboardInterrupt once `stop` is not empty."""
     found = level()
     if found != "bubblewrap" and not trust:
         raise Untrusted(
@@ -121,33 +119,35 @@ def one(submission: Submission, tests: HiddenTests, limits: Limits, trust: bool)
             "Strangers' code could read the hidden tests and your files. Install bubblewrap (Linux), or say --trust"
         )
     try:
-        return grade(submission, tests, limits, found)
+        return grade(submission, tests, limits, found, stop)
     except Exception as error:  # a fault of the grader's must not stop the others
         return failure(submission, tests, limits, f"the grader failed, and tries again next time: {error!r}")
 
 
 def here(waiting: list[Submission], tests: HiddenTests, limits: Limits, trust: bool, jobs: int) -> Iterator[dict]:
     """Grade on this machine, several at a time; an interruption ends those that run."""
-    threads: list[int] = []
-    with ThreadPoolExecutor(jobs, initializer=lambda: threads.append(threading.get_native_id())) as pool:
-        futures = [pool.submit(one, submission, tests, limits, trust) for submission in waiting]
+    with ctrl_c() as stop, ThreadPoolExecutor(jobs) as pool:
         try:
+            futures = [pool.submit(one, submission, tests, limits, trust, stop) for submission in waiting]
             for future in as_completed(futures):
-                yield future.result()
+                yield future.result()  # or the KeyboardInterrupt of a session that was stopped
         finally:
-            for future in futures:
-                future.cancel()
-            end(threads, futures)
+            stop.append("all that still run")
+            pool.shutdown(cancel_futures=True)
 
 
-def end(threads: list[int], futures: list[Future]) -> None:
-    """Kill the processes that threads have started, until all futures are done; elsewhere than on Linux only wait."""
-    while not all(future.done() for future in futures):
-        for thread in threads:
-            with contextlib.suppress(OSError):
-                for child in Path(f"/proc/self/task/{thread}/children").read_text().split():
-                    os.kill(int(child), signal.SIGKILL)
-        wait(futures, 0.2)
+@contextlib.contextmanager
+def ctrl_c() -> Iterator[list]:
+    """Within the block, Ctrl-C only fills the list.
+
+    Python would raise KeyboardInterrupt wherever the main thread is: in the middle of a report, or where nobody sees it.
+    """
+    pressed: list = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append("Ctrl-C"))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def on_cluster(

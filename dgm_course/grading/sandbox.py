@@ -50,7 +50,8 @@ def level() -> str:
     for name in LEVELS[:-1]:
         with contextlib.suppress(OSError, subprocess.SubprocessError), sandboxed(name) as (prefix, where):
             probe = [*prefix, sys.executable, "-c", PROBE]
-            if subprocess.run(probe, capture_output=True, timeout=30, **where).returncode == 0:
+            # In a session of its own: a terminal's Ctrl-C must not make the level look weaker.
+            if subprocess.run(probe, capture_output=True, timeout=30, start_new_session=True, **where).returncode == 0:
                 return name
     return "none"
 
@@ -128,4 +129,4 @@ def drop(uid: int) -> list[str]:
 
 def kill_all(uid: int) -> None:
     """End every process of a user at once, so that none can fork in the meantime."""
-    subprocess.run([*drop(uid), "sh", "-c", "kill -9 -1"], capture_output=True)
+    subprocess.run([*drop(uid), "sh", "-c", "kill -9 -1"], capture_output=True, start_new_session=True)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,6 +19,7 @@ __all__ = ["Broken", "Late", "Session", "session"]
 
 KEPT = 20_000  # bytes of what a submission prints
 START = 60.0  # seconds that Python may take to start, on a busy machine
+LOOK = 0.2  # seconds after which a session looks whether the grader shall stop
 
 
 class Broken(Exception):
@@ -35,10 +36,11 @@ class Session:
     Arguments:
         process: The runner, with its output in a pipe.
         requests, replies: File descriptors to write to and to read from.
+        stop: Empty until the grader shall stop.
     """
 
-    def __init__(self, process: subprocess.Popen, requests: int, replies: int):
-        self.process, self.requests, self.replies = process, requests, replies
+    def __init__(self, process: subprocess.Popen, requests: int, replies: int, stop: Sequence = ()):
+        self.process, self.requests, self.replies, self.stop = process, requests, replies, stop
         self.printed, self.dropped = bytearray(), 0
         self.received = bytearray()
         for pipe in (requests, replies, process.stdout.fileno()):
@@ -50,6 +52,7 @@ class Session:
         Raises:
             Late: If it takes longer.
             Broken: If the process ends, or the reply is malformed, or one was there already: it would be taken for another.
+            KeyboardInterrupt: If the grader shall stop.
         """
         self.read()
         if self.received:
@@ -68,7 +71,9 @@ class Session:
                     ready.register(self.process.stdout, selectors.EVENT_READ)
                 if unsent:
                     ready.register(self.requests, selectors.EVENT_WRITE)
-                events = ready.select(max(0.0, deadline - time.monotonic()))
+                events = ready.select(max(0.0, min(LOOK, deadline - time.monotonic())))
+            if self.stop:
+                raise KeyboardInterrupt
             if time.monotonic() > deadline:
                 raise Late
             for key, _ in events:
@@ -146,7 +151,7 @@ def available(pipe: int) -> bytes | None:
 
 
 @contextlib.contextmanager
-def session(level: str, limits: dict) -> Iterator[Session]:
+def session(level: str, limits: dict, stop: Sequence = ()) -> Iterator[Session]:
     """Start a runner at an isolation level; when the block ends, whatever is left of it is killed."""
     runner_reads, requests = os.pipe()
     replies, runner_writes = os.pipe()
@@ -167,7 +172,7 @@ def session(level: str, limits: dict) -> Iterator[Session]:
             os.close(runner_reads)
             os.close(runner_writes)
         try:
-            yield Session(process, requests, replies)
+            yield Session(process, requests, replies, stop)
         finally:
             os.close(requests)  # an honest runner ends now
             with contextlib.suppress(subprocess.TimeoutExpired):

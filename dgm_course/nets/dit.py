@@ -157,8 +157,10 @@ class DiT(nn.Module):
         conditioning: str = "adaLN-Zero",
     ):
         super().__init__()
-        if size % patch:
+        if patch < 1 or size % patch:
             raise ValueError(f"patch must divide the size of the images, {size}; got {patch}")
+        if width % 4:
+            raise ValueError(f"width must be a multiple of 4, for the sinusoids of row and column; got {width}")
         self.image_shape, self.patch = (image_channels, size, size), patch
         self.adaptive, self.in_context = conditioning == "adaLN-Zero", conditioning == "in-context"
         numbers = image_channels * patch**2

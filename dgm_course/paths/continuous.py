@@ -171,7 +171,8 @@ class Scaled(GaussianPath):
     r"""Another path with its data made smaller, :math:`x_t = \alpha(t)\,b\,x_0 + \sigma(t)\,\epsilon`.
 
     That adds 2 log b to the log-SNR. A network wants inputs of one size, so divide what *it* sees by the deviation of x_t,
-    :math:`\sqrt{b^2\alpha^2 + \sigma^2}` for data of variance 1. The state x_t of the sampler stays as it is.
+    :math:`\sqrt{b^2\alpha^2 + \sigma^2}` for data of variance 1. The state x_t of a sampler stays as it is, and at t = 0 it
+    ends in b·x_0.
 
     Arguments:
         path: A continuous path.

@@ -9,17 +9,22 @@ Where the conventions differ:
 - Their DDPM with "fixed_large" noises the very last state too, unless the last index is 0: on part of the chain it ends
   at x̂_0 + √β·z. Ours ends at x̂_0, which theirs reports as well; that is what the last state is held against.
 - Their DPM-Solver++ rounds σ and λ to float32.
+- Their transformer block makes its own condition from an index and a label; here that condition is
+  given in its place. It does not drop features here, and its perceptron has the same GELU, by tanh.
 """
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from dgm_course.denoisers import Denoiser, clipped
+from dgm_course.nets.dit import DiTBlock
 from dgm_course.paths import DiscretePath
 from dgm_course.samplers import ddim, ddpm, dpm_solver_pp_2m
-from dgm_course.schedules import cosine_betas, linear_betas
+from dgm_course.schedules import cosine_betas, linear_betas, sigmoid_betas, zero_terminal
 
 T = 1000
 PREDICTS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -155,6 +160,17 @@ def test_cosine_table(length):
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), path.alpha_bars[1:], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", [linear_betas, cosine_betas, sigmoid_betas])
+@pytest.mark.parametrize("length", [50, 1000])
+def test_zero_terminal_table(schedule, length):
+    """Their rescaling to a terminal SNR of 0, in float64; in float32, as their schedulers call it, up to 1e-5 of √ᾱ."""
+    ours = zero_terminal(schedule(length))
+    torch.testing.assert_close(ours, rescale_zero_terminal_snr(schedule(length)), rtol=1e-9, atol=1e-12)
+    theirs = rescale_zero_terminal_snr(schedule(length).float())
+    roots = (1 - theirs.double()).cumprod(0).sqrt()
+    torch.testing.assert_close(DiscretePath(ours).alpha(torch.arange(1, length + 1)), roots, rtol=0, atol=1e-5)
+
+
 def test_jump():
     """Their add_noise at index t − 1 is our perturb at t."""
     path = DiscretePath(linear_betas(T))
@@ -171,3 +187,53 @@ def test_reverse_variances():
     _, var = path.posterior(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 401, 421)
     assert var.item() == pytest.approx(scheduler._get_variance(420, 400).item(), rel=1e-10)
     assert var.item() == pytest.approx(0.14771, abs=2e-5)
+
+
+# The transformer block ------------------------------------------------------------------------------------------------
+
+WIDTH, HEADS = 24, 3
+
+
+@torch.no_grad()
+def blocks(conditioning):
+    """Our block and theirs with the same random weights."""
+    settings = {"norm_eps": 1e-6, "attention_bias": True, "activation_fn": "gelu-approximate"}
+    if conditioning == "adaLN-Zero":
+        settings |= {"norm_type": "ada_norm_zero", "num_embeds_ada_norm": 1, "norm_elementwise_affine": False}
+    elif conditioning == "cross-attention":
+        settings |= {"cross_attention_dim": WIDTH}
+    ours = DiTBlock(WIDTH, HEADS, 4.0, conditioning)
+    theirs = BasicTransformerBlock(WIDTH, HEADS, WIDTH // HEADS, **settings).eval()
+    for parameter in ours.parameters():
+        parameter.normal_(std=0.3)
+    same = [(ours.perceptron[0], theirs.ff.net[0].proj), (ours.perceptron[2], theirs.ff.net[2])]
+    attentions = [(ours.attention, theirs.attn1)]
+    if conditioning == "adaLN-Zero":
+        same.append((ours.modulation, theirs.norm1.linear))
+        theirs.norm1.emb.forward = lambda c, label, hidden_dtype: c  # the condition is given in place of the index
+    else:
+        same += [(ours.norm1, theirs.norm1), (ours.norm2, theirs.norm3)]
+    if conditioning == "cross-attention":
+        same.append((ours.norm_cross, theirs.norm2))
+        attentions.append((ours.cross, theirs.attn2))
+    for mine, its in attentions:
+        same += [(mine.query, its.to_q), (mine.key, its.to_k), (mine.value, its.to_v), (mine.out, its.to_out[0])]
+    for mine, its in same:
+        its.load_state_dict(mine.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("conditioning", ["adaLN-Zero", "cross-attention", "in-context"])
+def test_transformer_block(conditioning):
+    """The same tokens and conditions give the same tokens, in float32 within 1e-5."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ours, theirs = blocks(conditioning)
+        h, condition = torch.randn(3, 9, WIDTH), torch.randn(3, 2, WIDTH)
+    told = {
+        "adaLN-Zero": {"timestep": condition.sum(1)},
+        "cross-attention": {"encoder_hidden_states": condition},
+        "in-context": {},
+    }[conditioning]
+    with torch.no_grad():
+        agree([ours(h, condition)], [theirs(h, **told)])
