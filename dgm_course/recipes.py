@@ -167,11 +167,11 @@ RECIPES = {
         "scored with": {"classifier": "mnist-classifier", "samples": 2000, "draws": 3},
     },
     "mnist-resolutions": {
-        "what": "digits at three resolutions, each with the log-SNR of the cosine path moved by five amounts, over seeds",
+        "what": "digits at three resolutions, each with the log-SNR of the cosine path moved by six amounts, over seeds",
         "data": "mnist",
         "vary": {
             "kind": ["14 px", "28 px", "56 px"],
-            "path": [{"class": "Cosine", "shift": shift} for shift in (-6.0, -4.0, -2.0, 0.0, 2.0)],
+            "path": [{"class": "Cosine", "shift": shift} for shift in (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0)],
             "seed": [0, 1, 2],
         },
         "kinds": {  # the images are folded, so that each network works at 14×14 and costs the same
