@@ -66,7 +66,7 @@ def load(name: str, folder: str | Path = FOLDER) -> Denoiser | nn.Module:
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{file} does not hold the network that its card describes: {error}") from error
     model.card = card
-    return model.eval().requires_grad_(False)
+    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # faster (bench/backbones.py)
 
 
 def build(card: dict) -> Denoiser | nn.Module:

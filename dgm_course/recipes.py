@@ -41,7 +41,7 @@ RECIPES = {
         "path": {"class": "Cosine"},
         "predicts": "v",
         "times": "logit-normal",
-        "steps": 7000,
+        "steps": 5000,
         "batch": 128,
         "seed": 0,
         "fit": {"ema": 0.9995},

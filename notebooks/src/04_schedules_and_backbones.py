@@ -61,7 +61,7 @@ train_digits, train_labels = data.images(data.load("mnist", "train"))
 # A schedule says how much noise there is at each $t$. It is written in three ways, and papers mix them:
 #
 # - $\beta_t$, the variance of the noise that step $t$ adds;
-# - $\bar\alpha_t=\alpha(t)^2$, the share of the variance of $x_t$ that is still image;
+# - $\bar\alpha_t=\alpha(t)^2$, the share of the variance of $x_t$ that is still image (for a pixel of variance 1);
 # - the **log-SNR**, the logarithm of the signal-to-noise ratio: $\ell(t) = \log\dfrac{\alpha(t)^2}{\sigma(t)^2} = \log\dfrac{\bar\alpha_t}{1-\bar\alpha_t}$.
 #
 # The last is the most useful one, because it is the only thing that matters about a time. Divide $x_t$ by $\alpha(t)$: what is left is $x_0$ plus noise of variance $\sigma^2/\alpha^2=e^{-\ell}$. So two schedules with the same $\ell$, each at its own $t$, give the network the same information.
@@ -88,8 +88,8 @@ chains = {
 }
 t = torch.arange(1, 1001)
 for name, chain in chains.items():
-    ratio = chain.alpha_bars[1:] / (1 - chain.alpha_bars[1:])
-    claim(f"{name}: the path's log-SNR is log ᾱ/(1 − ᾱ)", torch.allclose(chain.logsnr(t), ratio.log()))
+    left = (1 - chain.betas[1:]).cumprod(0)  # of the image, after each step
+    claim(f"{name}: the path's log-SNR is log ᾱ/(1 − ᾱ)", torch.allclose(chain.logsnr(t), (left / (1 - left)).log()))
 
 # %%
 made, (beta, share, snr, density) = plots.panels(2, rows=2, width=10.0, height=7.4)
@@ -121,7 +121,7 @@ def pieces(start, tau):
 widgets.explore(pieces, start=([-3.0, -2.0, -1.0, 0.0, 1.0, 2.0], -3.0), tau=([0.3, 0.6, 1.0], 1.0))
 
 # %% [markdown]
-# The start moves the clean end: with $b=2$ the log-SNR at $t=0.01$ is 4.2 and not 5.8, so the image is noisy almost from the beginning. The noisy end hardly moves. A small temperature makes the piece of the logistic function steeper, or more curved if it lies to one side.
+# At $\tau=1$ the start moves the clean end: with $b=2$ the log-SNR at $t=0.01$ is 4.2 and not 5.8, so the image is noisy almost from the beginning. The noisy end hardly moves. A small temperature makes the piece of the logistic function steeper, or more curved if it lies to one side; then the start is felt at both ends.
 #
 # ### 1.2 What a schedule cannot change
 #
@@ -148,7 +148,7 @@ exact_x0 = mixture.sample(2000, g).double()
 
 
 def bound_and_simple(path, low=-6.0, high=6.0, steps=150):
-    """The sum of the bound's terms between two log-SNRs, and the mean over t of the squared error of the noise."""
+    """The bound's integral between two log-SNRs, by the midpoint rule, and the mean over t of the squared error of ε."""
     ends = [optimize.brentq(lambda t, ell=ell: path.logsnr(t).item() - ell, 1e-6, 1 - 1e-6) for ell in (high, low)]
     times = torch.linspace(*ends, steps + 1, dtype=torch.float64)
     snr, bound, simple = path.logsnr(times).exp(), 0.0, 0.0
@@ -169,7 +169,7 @@ claim("the bound is the same for the three schedules, to 2 %", values[:, 0].max(
 claim("the simple loss is not: it differs by more than a tenth", values[:, 1].max() > 1.1 * values[:, 1].min())
 
 # %% [markdown]
-# So a schedule does not move the goal. It changes three other things, and each of them can be chosen by itself:
+# So a schedule does not move the goal between two log-SNRs. (The ends it does move, $L_T$ and $L_0$.) It changes three other things, and each of them can be chosen by itself:
 #
 # 1. **the weights** of the log-SNRs in the simple loss, which visits them as often as the schedule does;
 # 2. **the noise** of the gradient: a batch that hardly visits an important level learns slowly there;
@@ -198,17 +198,19 @@ claim("it is above 100 nats for the 100 steps that were not scaled", cost["linea
 #
 # ### 1.4 Zero terminal SNR
 #
-# Is $\bar\alpha_T = 4\cdot10^{-5}$ small enough? $L_T$ says yes. But look at one number of the image, its mean brightness $\mu$. The mean over the $D$ values of $x_T$ is $\sqrt{\bar\alpha_T}\,\mu$ plus noise of deviation $1/\sqrt D$. So the more pixels there are, the more clearly the last step still shows the brightness. In deviations of that noise:
+# Is $\bar\alpha_T = 4\cdot10^{-5}$ small enough? In bits for a pixel, $L_T$ says yes. But look at one number of the image, its mean brightness $\mu$. The mean over the $D$ values of $x_T$ is $\sqrt{\bar\alpha_T}\,\mu$ plus noise of deviation $1/\sqrt D$. So the more pixels there are, the more clearly the last step still shows the brightness. How many deviations of that noise lie between grey and white, and what is $L_T$ of a white picture?
 
 # %%
 for side, channels in ((28, 1), (64, 3), (512, 3)):
-    visible = math.sqrt(chains["linear"].alpha_bars[-1].item() * channels * side**2)
-    print(f"{side}×{side}×{channels}: white and black lie {visible:.2f} deviations above and below 0")
-visible = math.sqrt(chains["linear"].alpha_bars[-1].item() * 3 * 512**2)
-claim("at 512×512 in colour x_T shows a brightness of ±1 by more than five deviations", visible > 5)
+    white = torch.ones(1, channels, side, side, dtype=torch.float64)
+    visible = (chains["linear"].alpha_bars[-1] * white.numel()).sqrt().item()
+    nats = likelihood.prior_term(chains["linear"], white, 1000).item()
+    print(f"{side}×{side}×{channels}: {visible:.2f} deviations, L_T = {nats:.2f} nats")
+    claim("L_T is half the square of the deviations, to 1 %", abs(nats / (visible**2 / 2) - 1) < 0.01)
+claim("at 512×512 in colour white is more than five deviations away from grey", visible > 5)
 
 # %% [markdown]
-# In training, the network of a large model *reads the brightness off* $x_T$. In sampling it gets pure noise, whose mean is 0, and believes it: all its images are of medium brightness. Public text-to-image models could not draw a black picture for this reason (Lin et al., 2024). For digits it does not matter.
+# In training, the network of a large model *reads the brightness off* $x_T$. In sampling it gets pure noise, whose mean is 0, and believes it: all its images are of medium brightness. Public text-to-image models could not draw a black picture for this reason (Lin et al., 2024); they worked on smaller latents, but with a schedule that leaves more. For digits it does not matter. So $L_T$ does see it, in *nats for the whole image*: these say whether two distributions can be told apart, and bits for a pixel hide it.
 #
 # The remedy takes the rest of the signal out: move $\alpha(t)=\sqrt{\bar\alpha_t}$ down so that it ends at 0, and stretch it so that it starts where it did.
 
@@ -285,7 +287,7 @@ def four_sizes(t):
 widgets.explore(four_sizes, t=([0.1, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95], 0.8))
 
 # %% [markdown]
-# At $t = 0.8$ your eye finds little in any of the four. But the best guess at 56×56 is sharp, and at 7×7 it is a blot. The noise of a pixel is the same everywhere. In the large picture many pixels tell the same story, and their noises average out. So one schedule is hard on small images and easy on large ones: most of its steps do work that a large image does not need, and only the few near $t=1$ decide what the picture shows.
+# At $t = 0.8$ your eye finds little in any of the four. But the best guess at 56×56 is sharp, and at 7×7 it is a blot. The noise of a pixel is the same everywhere. In the large picture many pixels tell the same story, and their noises average out. So one schedule is hard on small images and easy on large ones: for a large image most of its steps do no more than fine detail, and only the few near $t=1$ decide what the picture shows.
 #
 # **How much is the shift?** For one kind of enlargement we can say exactly. Let every pixel be copied into a square of $r\times r$. Then each value of $x_0$ is seen $r^2$ times, with independent noises. Their mean $\bar x_t$ is all that matters: it is $\alpha(t)\,x_0$ plus noise of variance $\sigma(t)^2/r^2$. Its log-SNR is higher by
 # $$\log r^2 = 2\log r,\qquad 1.39\ \text{for each doubling of the side.}$$
@@ -365,11 +367,27 @@ for small, large in ((7, 14), (14, 28), (28, 56)):
     print(
         f"{small:>2} → {large}: the class moves by {by[0]:.1f}, the image by {by[1]:.1f}; copies by {2 * math.log(2):.1f}"
     )
-claim("where detail is new the shift is larger than that of copies", at[7][0] - at[14][0] > 1.7)
+claim(
+    "where detail is new the shift is larger than that of copies",
+    min(at[7][0] - at[14][0], at[14][0] - at[28][0]) > 1.5,
+)
 claim("where it is only smoothed it is smaller", at[28][0] - at[56][0] < 1.35)
 
 # %% [markdown]
-# From 7 to 28 pixels each doubling brings new detail, and the shift is larger than the rule's. From 28 to 56 our images were only smoothed. Then neighbours are alike, as copies are, but blurred at the edges, so the shift is a little smaller. On photographs the rule is a good start; the exact number is a matter of the data.
+# From 7 to 28 pixels each doubling brings new detail, and the shift is larger than the rule's. From 28 to 56 our images were only smoothed, and it is smaller.
+#
+# This had to be so. The posterior sees the images only through the distances between them. The mean over a square loses distance (the square of a mean is at most the mean of the squares), so from the small image to the large one the squared distances grow at least fourfold. Doubling by linear interpolation smooths, and makes them grow at most fourfold. Copies are the border between the two. For every pair of the 100 digits:
+
+# %%
+for small, large in ((7, 14), (14, 28), (28, 56)):
+    growth = torch.pdist(worlds[large][::10].flatten(1)).square() / torch.pdist(worlds[small][::10].flatten(1)).square()
+    print(
+        f"{small:>2} → {large}: log growth {growth.log().min():.2f} to {growth.log().max():.2f}, mean {growth.log().mean():.2f}"
+    )
+    claim("at least that of copies" if large < 56 else "at most that of copies", ((growth >= 4) == (large < 56)).all())
+
+# %% [markdown]
+# On photographs the rule is a good start; the exact number is a matter of the data.
 #
 # A schedule that suits 28×28 should be moved up for 14×14 and down for 56×56, by 1 to 2 each. Section 1.7 tries it with networks.
 #
@@ -392,27 +410,31 @@ for b in (0.3, 0.5, 2.0):
     claim(f"b = {b}: scaling the input is a shift by 2 log b, once it is divided by its size", same)
 
 # %% [markdown]
-# > **Spot the bug.** A published pseudo-code normalises and then steps:
+# > **Spot the bug.** A pseudo-code that is passed on normalises and then steps:
 # >
-# > `x_t = x_t / std(x_t)` … `x0_hat = net(x_t, t)` … `x_s = ddim_step(x_t, x0_hat, t, s)`
+# > `x_t = x_t / std(x_t)` … `eps_hat = net(x_t, t)` … `x_s = ddim_step(x_t, eps_hat, t, s)`
 # >
 # > What is wrong? And what will it do to data of deviation 1, with $b=\frac12$?
 #
-# To blame no network, here is an exact denoiser in place of `net`; it gets the state itself, whatever the pseudo-code calls `x_t`. At $t=0$ the state is $b\,x_0$, so we divide by $b$ in the end and should find deviation 1.
+# We play it with an exact answer in place of `net`. Like a network, it is given the normalised state, and knows the size that a state has on the path. At $t=0$ the state is $b\,x_0$, so we divide by $b$ in the end and should find deviation 1.
 
 # %%
 line = toy.GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), 1.0)
-scaled = Scaled(Cosine(), 0.5)
-exact, times = line.denoiser(scaled), Cosine().times(200)
+path_b = Scaled(Cosine(), 0.5)
+exact, times = line.denoiser(path_b), torch.linspace(0.999, 0, 200, dtype=torch.float64)
 start = torch.randn(20000, 1, generator=g, dtype=torch.float64)
 
 
 def end_of(overwrite):
     x = start
     for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        x0_hat = exact(x, t)  # a network would be given x / x.std(), and have learned to answer the same
-        x = samplers.ddim_step(scaled, x / x.std() if overwrite else x, x0_hat, t, s)
-    return (x / scaled.scale).std().item()
+        given = x / x.std()  # what the network sees
+        state = given * (path_b.alpha(t) ** 2 + path_b.sigma(t) ** 2).sqrt()  # what that is on the path
+        eps_hat = path_b.convert(exact(state, t), state, t, given="x0", to="eps")
+        x = given if overwrite else state
+        x0_hat = (x - path_b.sigma(t) * eps_hat) / path_b.alpha(t)
+        x = path_b.alpha(s) * x0_hat + path_b.sigma(s) * eps_hat
+    return (x / path_b.scale).std().item()
 
 
 # %%
@@ -420,12 +442,11 @@ claim("stepping the state itself: the deviation is 1, to 2 %", abs(end_of(overwr
 claim("stepping the normalised one: it is 2, to 5 %", abs(end_of(overwrite=True) - 2) < 0.1)
 
 # %% [markdown]
-# The network does want the normalised $x_t$. The *step* does not: its formula holds on the path, and the normalised state is not on it. Overwritten at every step, the state ends with deviation 1 where it should be $\frac12$.
-
-# %% [markdown]
+# The network does want the normalised $x_t$. The *step* does not: its formula holds on the path, and the normalised state is not on it. Overwritten at every step, the state ends with deviation 1 where it should be $\frac12$. (Had the network predicted $x_0$, the last step would put the size right, and in this example nobody would see the bug.)
+#
 # ### 1.7 An experiment
 #
-# So far no network was trained. Does the shift matter for one? Digits at 14, 28 and 56 pixels, the cosine path moved by five amounts, three seeds. All networks are equally large and equally fast: they fold the pixels into channels until 14×14 positions are left (section 2). Each model is scored on 1,000 digits, made 28×28 for the judge. *Where do you expect the best shift for each size?*
+# So far no network was trained. Does the shift matter for one? Digits at 14, 28 and 56 pixels, the cosine path moved by five amounts, three seeds. All networks are nearly equally large and fast: they fold the pixels into channels until 14×14 positions are left (section 2). Each model is scored on 1,000 digits, made 28×28 for the judge, and so are the real digits that it is compared with. So each size has a yardstick of its own: compare along a curve, not between curves. If 28 pixels want some shift, the rule of copies asks for 1.4 more at 14 and 1.4 less at 56. *Where do you expect the three curves to be lowest?*
 
 # %%
 table = tables.load("mnist-resolutions")
@@ -479,7 +500,7 @@ for kind, settings in table["kinds"].items():
 # %% [markdown]
 # ### 1.8 The slide's table
 #
-# The lecture shows a table of results on ImageNet from Chen's paper, with FID (section 4) and Inception score, for image sizes from 64 to 1024. In the slide text its first row reads "ADM: FID —, IS 2.07", and from there on the resolution stands one row late. How does 2.07 betray itself? An Inception score counts classes that a classifier is sure of, and the other models at that size have 66. An IS of 2.07 would be a model that draws two classes. It is the FID.
+# The lecture shows a table of results on ImageNet from Chen's paper, with FID (section 4) and Inception score, for image sizes from 64 to 1024. In the slide text its first row reads "ADM: FID —, IS 2.07"; and the labels 256, 512 and 768 stand one row early, on the last row of the block before, while 1024 stands on an empty row at the end. How does 2.07 betray itself? An Inception score counts classes that a classifier is sure of, and the other models at that size have 66. An IS of 2.07 would be a model that draws two classes. It is the FID.
 #
 # Each block of the table begins with the model ADM and ends with "RIN + our strategy", Chen's. With this order, and with what the ADM paper reports, we restored it. Its core, as FID / parameters in millions (bold: numbers that the slide text puts in the wrong column or under the wrong size):
 #
@@ -489,7 +510,7 @@ for kind, settings in table["kinds"].items():
 # | 128×128 | 5.91 / 386 | 2.75 / 410 | **3.50** / 215 |
 # | 256×256 | 10.94 / 553 | 4.51 / 410 | **3.52** / 319 |
 # | 512×512 | 23.2 / 559 | – | **3.95** / 320 |
-# | 768×768 | – | – | **5.60** / 408 |
+# | 768×768 | – | – | 5.60 / 408 |
 # | 1024×1024 | – | – | **8.72** / 412 |
 #
 # <details><summary>All rows</summary>
@@ -515,12 +536,12 @@ for kind, settings in table["kinds"].items():
 # | 512×512 | ADM | 23.2 | 58.1 | 559 |
 # | | ADM + guidance | 7.72 | 172.7 | > 559 |
 # | | RIN + our strategy (patch 8, 1M updates) | **3.95** | **216** | 320 |
-# | 768×768 | RIN + our strategy (patch 8, 1M updates) | **5.60** | **196.2** | 408 |
+# | 768×768 | RIN + our strategy (patch 8, 1M updates) | 5.60 | 196.2 | 408 |
 # | 1024×1024 | RIN + our strategy (patch 8, 910K updates) | **8.72** | **163.9** | 412 |
 #
 # </details>
 #
-# Read in the right rows, the strategy does *not* have the best FID at 64 and 128 pixels, with fewer parameters and fewer updates; from 256 on it has. That fits section 1.5, but proves little: the models differ in more than the schedule. Look into the paper before you quote a number: we restored the order, and only the ADM values could be checked against a second source.
+# Read in the right rows, the strategy does *not* have the best FID at 64 and 128 pixels, with fewer parameters and fewer updates; at 256 and 512 it has, and above that no other model was in the table. That fits section 1.5, but proves little: the models differ in more than the schedule. Look into the paper before you quote a number: we restored the order, and only the ADM values could be checked against a second source.
 #
 # *A good place for a break.*
 #
@@ -612,7 +633,7 @@ made
 # %% [markdown]
 # ### 2.2 How far does an output pixel look?
 #
-# The **receptive field** of an output is the part of the input that it can depend on. Each 3×3 convolution widens it by one position to every side, and a position at the lower level is as wide as two at the upper. So a stack of convolutions with kernels $k_i$ sees $1+\sum_i (k_i-1)\,S_i$ positions across, where $S_i$ is the product of the strides *before* layer $i$. A check by autograd, with all weights 1 so that nothing cancels:
+# The **receptive field** of an output is the part of the input that it can depend on. Each 3×3 convolution widens it by one position to every side, and a position at the lower level is as wide as two at the upper. (Of the convolutions alone: a group norm takes its mean over the whole map, so with it every output depends a little on everything.) So a stack of convolutions with kernels $k_i$ sees $1+\sum_i (k_i-1)\,S_i$ positions across, where $S_i$ is the product of the strides *before* layer $i$. A check by autograd, without norms and with all weights 1 so that nothing cancels:
 
 
 # %%
@@ -682,24 +703,20 @@ xt = unet_model.path.perturb(picked, true_t, torch.randn(picked.shape, generator
 
 
 @torch.no_grad()
-def errors_if_told(told):
-    """The squared error of the guess, read from v with α and σ of the true time, and of the told one."""
-    v, out = unet(xt, torch.full((50,), told), labels[:50]), []
-    for moment in (true_t, told):
-        alpha, sigma = (float(f(moment)) for f in (unet_model.path.alpha, unet_model.path.sigma))
-        out.append((alpha * xt - sigma * v - picked).square().mean().item())
-    return out
+def error_if_told(told):
+    return (unet_model(xt, told, y=labels[:50]) - picked).square().mean().item()
 
 
 told = torch.linspace(0.1, 0.9, 9)
-errors = torch.tensor([errors_if_told(moment) for moment in told.tolist()]).T
-for name, row in zip(("read as of the true time", "read as of the told time"), errors, strict=True):
-    claim(f"{name}: the error is least where the time is right", abs(told[row.argmin()].item() - true_t) < 0.06)
-curves = {"true α, σ": errors[0], "told α, σ": errors[1]}
-plots.curves(told, curves, "time the network is told (true: 0.5)", "mean squared error", logy=True)
+errors = torch.tensor([error_if_told(moment) for moment in told.tolist()])
+claim("told 0.1: more than five times the error of the truth", errors[0] > 5 * errors[4])
+claim("told 0.9: more than twice", errors[-1] > 2 * errors[4])
+plots.curves(
+    told, {"error of the guess": errors}, "time the network is told (true: 0.5)", "mean squared error", logy=True
+)
 
 # %% [markdown]
-# The network answers with $v$, and to make a guess of it one needs $\alpha$ and $\sigma$ of some time. Whether these are taken from the true time or from the told one: the error is least where the network is told the truth, and grows on both sides. It does not find out the noise level by itself, although it could be seen in the image; it has learned to trust what it is told.
+# Told the truth, the error is small. Told too little noise, it leaves noise in the image: the error grows twelvefold at 0.1. Told too much, it smooths strokes away: over twofold at 0.9. The network does not find out the noise level by itself, although it could be seen in the image. It has learned to trust what it is told.
 #
 # ### 2.4 What the skip is for
 #
@@ -725,9 +742,9 @@ rows = [f"{what}, t = {t}" for t in (0.2, 0.8) for what in ("seen", "guess", "no
 plots.rows(shown, labels=rows)
 
 # %% [markdown]
-# With little noise the guess without the skip keeps specks of noise. (It looks better than it is: in $\hat x_0=\alpha x_t-\sigma v$ most comes from $x_t$ itself, as $\sigma$ is small.) With much noise its strokes are where they were, but it is speckled all over. To take the noise away, the network has to know it pixel by pixel, and the lower level never had room for that: it holds 64×7×7 numbers, and they are busy with what the digit is. What is drawn comes from below; where exactly each pixel's noise is comes through the skip.
+# With little noise the guess without the skip keeps specks of noise. (It looks better than it is: in $\hat x_0=\alpha x_t-\sigma v$ most comes from $x_t$ itself, as $\sigma$ is small.) With much noise its strokes are where they were, but it is speckled all over. To take the noise away, the network has to know it pixel by pixel. The lower level could hold that (it has 3,136 numbers, an image 784), but in training it never had to: the skip brings it.
 #
-# A network that is cut after its training is out of its depth, so this is no fair trial. A fair one trains a network without the skip from the start. It is in the table of section 3.4.
+# A network that is cut after its training meets zeros that it never saw, so this is no fair trial. A fair one trains a network without the skip from the start. It is in the table of section 3.4.
 
 # %% [markdown]
 # ## 3. The diffusion transformer
@@ -765,7 +782,7 @@ plots.grid(shown, labels=[f"row {i // 7}, column {i % 7}" for i in tokens], colu
 #
 # Each token asks a question, the **query** $q=hW_q$. Each offers a **key** $k=hW_k$ and a **value** $v=hW_v$. A token's answer is a weighted mean of the values; the weights come from how well its query fits the keys:
 # $$\mathrm{softmax}\Bigl(\frac{QK^\top}{\sqrt d}\Bigr)V .$$
-# (In this section $q,k,v$ are these three; $v$ is not the prediction.) Why $\sqrt d$? If the $d$ numbers in $q$ and $k$ are independent with variance 1, then $q\cdot k$ has variance $d$. Without the root the softmax of wide vectors would put nearly all its weight on one token, and its gradient would vanish.
+# (In this section $q,k,v$ are these three; $v$ is not the prediction.) Why $\sqrt d$? If the $d$ numbers in $q$ and $k$ are independent with mean 0 and variance 1, then $q\cdot k$ has variance $d$. Without the root the softmax of wide vectors would put nearly all its weight on one token, and its gradient would vanish.
 
 # %%
 for d in (4, 64, 1024):
@@ -796,7 +813,7 @@ shuffled = torch.randperm(5, generator=g)
 claim("shuffled tokens give shuffled answers", torch.allclose(attention(h[:, shuffled]), attention(h)[:, shuffled]))
 
 # %% [markdown]
-# The price: every token looks at every other, so the work grows with the *square* of their number. Halve the side of a patch, and there are four times as many tokens and sixteen times as many pairs. That is why large images are worked on in large patches, or in a smaller latent space.
+# The price: every token looks at every other, so the work of attention grows with the *square* of their number; that of the linear layers grows with the number itself. Halve the side of a patch, and there are four times as many tokens and sixteen times as many pairs. That is why large images are worked on in large patches, or in a smaller latent space.
 #
 # ### 3.3 The block, in three variants
 #
@@ -921,7 +938,7 @@ claim("at least 34 of 40 are what was asked for", (judge(drawn).argmax(1) == ask
 plots.rows(list(drawn.unflatten(0, (10, 4)).transpose(0, 1)), title="Drawn by the DiT, 20 steps of DDIM")
 
 # %% [markdown]
-# Where does a token look? Take the token in the middle of a noisy digit. For each of the four blocks, the weights with which it looks at all 49 tokens, as the mean over heads. Move the time. *Will it look further when there is more noise?*
+# Where does a token look? Take the token in the middle of a noisy digit. For each of the four blocks, the weights with which it looks at all 49 tokens, as the mean over heads, from black (0) to white (a quarter and more). The dot is the token itself. Move the time. *Which blocks look elsewhere when there is more noise?*
 
 
 # %%
@@ -933,7 +950,8 @@ def glances(t):
     axes[0].set(title=f"seen, t = {t}", xticks=[], yticks=[])
     axes[0].plot(13.5, 13.5, "o", color="C1")
     for ax, weights, number in zip(axes[1:], maps, range(1, 5), strict=True):
-        ax.imshow(weights[0, :, 24].mean(0).reshape(7, 7), vmin=0)
+        ax.imshow(weights[0, :, 24].mean(0).reshape(7, 7), vmin=0, vmax=0.25)
+        ax.plot(3, 3, "o", color="C1", markersize=4)
         ax.set(title=f"block {number}", xticks=[], yticks=[])
     return made
 
@@ -941,21 +959,28 @@ def glances(t):
 widgets.explore(glances, t=([0.1, 0.3, 0.5, 0.7, 0.8, 0.9], 0.3))
 
 # %%
-reach = {}
-across = torch.stack(torch.meshgrid(torch.arange(7.0), torch.arange(7.0), indexing="ij")).flatten(1).T
-steps_apart = torch.cdist(across, across)
-for t in (0.1, 0.5, 0.9):
-    xt = dit_model.path.perturb(digits[:50], t, torch.randn(50, 1, 28, 28, generator=g))
-    maps = dit.attention_maps(dit_model.net, xt, dit_model.path.unit(t).expand(50), labels[:50])
-    reach[t] = torch.stack([(weights * steps_apart).sum(-1).mean() for weights in maps])
-    print(f"t = {t}: mean distance looked at in the four blocks, in patches:", ", ".join(f"{r:.1f}" for r in reach[t]))
-claim("every row of weights sums to 1", torch.allclose(maps[0].sum(-1), torch.ones(())))
+noise = torch.randn(50, 1, 28, 28, generator=g)
+looks_at = {}
+for t in (0.1, 0.8):
+    xt = dit_model.path.perturb(digits[:50], t, noise)
+    looks_at[t] = dit.attention_maps(dit_model.net, xt, dit_model.path.unit(t).expand(50), labels[:50])
+
+
+def apart(a, b):
+    """The share of the weight that would have to move to make one map of the other, on average."""
+    return ((a - b).abs().sum(-1).mean() / 2).item()
+
+
+over_time = [apart(early, late) for early, late in zip(looks_at[0.1], looks_at[0.8], strict=True)]
+over_images = [apart(maps, maps.mean(0)) for maps in looks_at[0.8]]
+print("share of the weight that moves between t = 0.1 and 0.8:", ", ".join(f"{x:.1f}" for x in over_time))
+print("share that differs from the mean over digits, t = 0.8: ", ", ".join(f"{x:.1f}" for x in over_images))
 
 # %% [markdown]
-# Look at blocks 2 and 3: the token asks its left and right neighbours, then the four patches around it. Nobody told the transformer that near patches belong together. It found out, and built something like a convolution of its own. And the answer to the question is no: the distances hardly change with the noise. In this network it is mostly the *position* that decides where a token looks, not what is seen there. What changes with $t$ is what the blocks make of it.
+# ATTENTIONTEXT
 #
-
-# %% [markdown]
+# *A good place for a break.*
+#
 # ## 4. How good is it? Scores, and how they lie
 #
 # ### 4.1 The Fréchet distance, derived
@@ -968,7 +993,7 @@ claim("every row of weights sums to 1", torch.allclose(maps[0].sum(-1), torch.on
 #
 # **What may $C$ be?** Divide each cloud by its own root: the covariance of $(A^{-1/2}x, B^{-1/2}y)$ is $\begin{pmatrix}I&R\\R^\top&I\end{pmatrix}$ with $C=A^{1/2}RB^{1/2}$. It has no negative eigenvalue exactly if $R$ lengthens no vector, $\lVert R\rVert\le1$. (In one dimension: a covariance is $\sigma_a\sigma_b$ times a correlation, and $|R|\le1$ is the correlation. If $A$ or $B$ has no inverse, the same holds as a limit.)
 #
-# **The largest trace.** $\mathrm{tr}(A^{1/2}RB^{1/2})=\mathrm{tr}(MR)$ with $M=B^{1/2}A^{1/2}$. Write $M=U\Sigma V^\top$, its singular values in $\Sigma$. Then $\mathrm{tr}(MR)=\mathrm{tr}(\Sigma\,V^\top RU)$, and no entry of $V^\top RU$ exceeds 1. So the trace is at most the sum of the singular values, and it is reached for $R=VU^\top$. The singular values are the roots of the eigenvalues of $M^\top M=A^{1/2}BA^{1/2}$. For Gaussians, a joint Gaussian with this $C$ is a pairing. So
+# **The largest trace.** $\mathrm{tr}(A^{1/2}RB^{1/2})=\mathrm{tr}(MR)$ with $M=B^{1/2}A^{1/2}$. Write $M=U\Sigma V^\top$, its singular values in $\Sigma$. Then $\mathrm{tr}(MR)=\mathrm{tr}(\Sigma\,V^\top RU)$, and no entry of $V^\top RU$ exceeds 1, as it lengthens no vector either. So the trace is at most the sum of the singular values, and it is reached for $R=VU^\top$. The singular values are the roots of the eigenvalues of $M^\top M=A^{1/2}BA^{1/2}$. For Gaussians, a joint Gaussian with this $C$ is a pairing. So
 # $$F=\lVert m_a-m_b\rVert^2+\mathrm{tr}A+\mathrm{tr}B-2\,\mathrm{tr}\bigl(A^{1/2}BA^{1/2}\bigr)^{1/2}.$$
 #
 # Each step by numbers. Two clouds in 6 dimensions, with the root of a matrix from SciPy.
@@ -1006,7 +1031,7 @@ claim(
 )
 
 # %% [markdown]
-# Features are not Gaussian. What is the score then? Only the last step used that they are: that there *is* a pairing which reaches the largest trace. For any two clouds with these means and covariances, a pairing may not get that far. So **the Fréchet distance is a lower bound on the squared 2-Wasserstein distance** of the two clouds in hand. It can miss a difference between them; it cannot invent one. For 300 ones and 300 sevens SciPy finds the best partner of every point:
+# Features are not Gaussian. What is the score then? Only the last step used that they are: that there *is* a pairing which reaches the largest trace. For any two clouds with these means and covariances, a pairing may not get that far. So **the Fréchet distance is a lower bound on the squared 2-Wasserstein distance** of the two clouds in hand. (With covariances divided by $n$; with $n-1$, as in our kernel, up to a share of $1/n$.) It can miss a difference between them; it cannot invent one. For 300 ones and 300 sevens SciPy finds the best partner of every point:
 
 # %%
 with torch.no_grad():
@@ -1021,7 +1046,7 @@ claim("the shortest way from 300 ones to 300 sevens is longer than their Fréche
 # %% [markdown]
 # ### 4.2 It depends on the number of samples
 #
-# Two clouds from the *same source* still differ by chance in their means and covariances, so their score is not 0. How much is to be expected falls about like $1/n$. So a score needs its number of samples beside it. But $c/n$ is a straight line over $1/n$, and a line can be followed to $1/n=0$: infinitely many samples (Chong & Forsyth, 2020). Here are training digits against the test digits, and a GAN's against the test digits. A point is the mean over as many parts of size $n$ as 3,000 samples can be cut into.
+# Two clouds from the *same source* still differ by chance in their means and covariances, so their score is not 0. How much is to be expected falls about like $1/n$, once $n$ is well above the 128 features. So a score needs its number of samples beside it. But $c/n$ is a straight line over $1/n$, and a line can be followed to $1/n=0$: infinitely many samples (Chong & Forsyth, 2020). Here are training digits against the test digits, and a GAN's against the test digits. A point is the mean over as many parts of size $n$ as 3,000 samples can be cut into.
 
 
 # %%
@@ -1046,7 +1071,8 @@ def mean_score(f, n):
 
 # %%
 score = {name: torch.tensor([mean_score(f, n) for n in sizes]) for name, f in clouds.items()}
-limit = {name: metrics.frechet_without_bias(real, f, sizes[2:], g) for name, f in clouds.items()}
+several = [375, 600, 1000] * 5 + [3000]  # five draws of each size
+limit = {name: metrics.frechet_without_bias(real, f, several, g) for name, f in clouds.items()}
 for name, value in limit.items():
     print(f"{name}: {score[name][0]:.2f} with 200, {score[name][-1]:.2f} with 3,000, {value:.2f} extrapolated")
 claim("200 real digits score worse than 3,000 of the GAN's", score["real digits"][0] > 1.3 * score["GAN"][-1])
@@ -1057,7 +1083,7 @@ plots.curves(1 / torch.tensor(sizes), score, "1 / number of samples", "Fréchet 
 made
 
 # %% [markdown]
-# Both scores grow by about as much as the samples get fewer. A table that gives its own model 3,000 samples and another one 200 could let this GAN win against real digits. The stars are the extrapolated scores. They are estimates with a spread of their own, from single draws of each size, and they do not remove the bias that the 2,000 *real* digits bring. When you compare models, the best remedy is the simplest: the same numbers for all.
+# Both scores grow by about as much as the samples get fewer. (The judge was trained on training digits, so to it they are not quite like test digits: the blue line does not end at 0.) A table that gives its own model 3,000 samples and another one 200 could let this GAN win against real digits. The stars are the extrapolated scores. They are estimates with a spread of their own, and they do not remove the bias that the 2,000 *real* digits bring. When you compare models, the best remedy is the simplest: the same numbers for all.
 #
 # ### 4.3 What fools the Inception score
 #
@@ -1076,7 +1102,9 @@ for _ in range(15):
     fake = (fake - 0.15 * fake.grad.sign()).clamp(-1, 1).detach()
 with torch.no_grad():
     claim("images of nothing: above 9.9", metrics.inception_score(judge(fake)) > 9.9)
-claim("the Fréchet distance is not fooled by them: above 5", metrics.frechet_distance(features_of(fake), real) > 5)
+nothing, truth = (metrics.frechet_distance(f, real) for f in (features_of(fake), clouds["real digits"][:50]))
+print(f"Fréchet distance of 50: images of nothing {nothing:.1f}, real digits {truth:.1f}")
+claim("the Fréchet distance is not fooled by them", nothing > 4 * truth)
 plots.grid(fake[:10], labels=range(10), columns=10, title="“Digits” of Inception score 10")
 
 # %% [markdown]
@@ -1114,7 +1142,9 @@ alike, unlike = (
     metrics.frechet_distance(features_of(resized(images[:1000], mode)), smooth) for mode in ("bilinear", "nearest")
 )
 print(f"the same filter for both: {alike:.2f};  two filters: {unlike:.2f}")
-claim("another filter for the drawn images than for the real ones more than doubles the distance", unlike > 2 * alike)
+claim(
+    "another filter for the drawn images than for the real ones makes it over half as bad again", unlike > 1.5 * alike
+)
 
 # %% [markdown]
 # **Trick 4: choose the judge.** A network with random weights also has features, and to it most clouds look alike. What counts is not the value but its ratio to the floor, what real images score among themselves.
@@ -1127,8 +1157,11 @@ for name, by in (("our judge", judge), ("random weights", blind)):
     truth, ours, others = (features_of(x, by) for x in (digits[::2], images[:1000], fresh[:1000]))
     floors[name] = metrics.frechet_distance(ours, truth) / metrics.frechet_distance(others, truth)
 print({name: f"{value:.1f} floors" for name, value in floors.items()})
-claim("our judge: the GAN is above 1.4 floors", floors["our judge"] > 1.4)
-claim("with random weights as the judge it is as good as real, to 15 %", floors["random weights"] < 1.15)
+claim("our judge: the GAN is above 1.2 floors", floors["our judge"] > 1.2)
+claim(
+    "with random weights as the judge it is not told from real digits: below 1.15 floors",
+    floors["random weights"] < 1.15,
+)
 
 # %% [markdown]
 # **Trick 5: hit the two moments.** The score sees means and covariances, nothing else. Here are "features" drawn from a Gaussian with the moments of *training* digits. They belong to no image at all.
@@ -1153,17 +1186,19 @@ def nearest(x):
 
 
 replay = fresh[:300]
-claim(
-    "replayed training images score better than the GAN",
-    metrics.frechet_distance(clouds["real digits"][:1000], real) < honest,
+scores = (
+    metrics.frechet_distance(clouds["real digits"][:1000], real),
+    *metrics.precision_recall(real[::2], clouds["real digits"][:1000]),
 )
+print("replay: Fréchet distance {:.2f}, precision {:.2f}, recall {:.2f}".format(*scores))
+claim("replayed training images score better than the GAN", scores[0] < honest)
 unseen, of_gan, of_replay = (nearest(x).median() for x in (digits[:300], images[:300], replay))
 claim("the replay is found out: its distance is 0, up to rounding", of_replay < 0.02 * unseen)
 claim("the GAN is as far from the training images as test digits are, to 15 %", abs(of_gan / unseen - 1) < 0.15)
 shifted = torch.roll(replay, 1, dims=3)
 claim(
     "but moved by one pixel, the replay looks as far away as test digits, to 20 %",
-    nearest(shifted).median() > 0.8 * unseen,
+    abs(nearest(shifted).median() / unseen - 1) < 0.2,
 )
 
 # %% [markdown]
@@ -1191,7 +1226,21 @@ claim("none of the ten is nearer than half the nearest of 40 test digits of its 
 #
 # ## 5. Speed
 #
-# SPEEDTEXT
+# How many images a network handles in a second decides what can be tried in an afternoon. Three switches cost one line each. Below is one run of `bench/backbones.py` on one thread of a server processor that multiplies bfloat16 natively (AMX): images in a second, in training with batches of 128 and in a single evaluation.
+#
+# | our U-Net, 0.56 M parameters | training | evaluation |
+# |---|---|---|
+# | float32 | F32T | F32S |
+# | float32, channels-last | CLT | CLS |
+# | bfloat16 | BFT | BFS |
+# | bfloat16, channels-last | BCT | BCS |
+# | float32, `torch.compile` | COT | COS |
+#
+# - **bfloat16** (`torch.autocast`) is the largest gain, but only where the hardware has it. Elsewhere it is slower than float32.
+# - **channels-last** stores the channels of a position side by side, as convolutions read them. In float32 it gains; in bfloat16 it loses here.
+# - **`torch.compile`** joins small operations. It needs a C++ compiler and, for this network, about COMPILE seconds before the first step.
+#
+# So the course's defaults follow: `training.fit` takes bfloat16 where the processor has it, and channels-last in float32; `checkpoints.load` gives channels-last networks. Nothing is compiled, because a notebook is over before it would pay. On your machine the table will look different, so `make bench` measures it there. Beside it stands diffusers' `UNet2DModel` of the same size, which handles PEERT images a second in training at best: most of the difference is the folding.
 #
 # bfloat16 keeps 8 binary digits of a number where float32 keeps 24. How much does the network notice?
 
@@ -1233,9 +1282,9 @@ claim(
 # ## 7. Recap
 #
 # - The log-SNR is what a time means. A schedule is how often each log-SNR is visited, in training and in sampling. It does not change the bound, only weights, noise and grid.
-# - $L_T\approx0$ is not all: with many pixels, even a trace of signal at $T$ shows the brightness. Zero terminal SNR removes it, and noise prediction with it.
+# - $L_T$ must be small in nats for the whole image: with many pixels, even a trace of signal at $T$ shows the brightness. Zero terminal SNR removes it, and noise prediction with it.
 # - The larger the image, the more pixels tell the same story. Copies shift the log-SNR by $2\log r$; real images by more where detail is new, by less where they are smooth.
-# - A U-Net thinks at low resolution and remembers at high resolution; the skip carries where the noise is.
+# - A U-Net puts its parameters where the map is small; the skip carries the detail, so that the lower level need not.
 # - A DiT cuts patches, adds positions, and looks everywhere. Its adaLN-Zero block starts as the identity.
 # - The Fréchet distance compares two moments of features. It needs equal numbers, one preparation, one judge, and its floor.
 #
@@ -1249,15 +1298,19 @@ claim(
 #
 # **References**
 #
+# - Ho, Jain, Abbeel: [*Denoising Diffusion Probabilistic Models*](https://arxiv.org/abs/2006.11239), 2020. Constant, linear and quadratic β.
 # - Nichol, Dhariwal: [*Improved Denoising Diffusion Probabilistic Models*](https://arxiv.org/abs/2102.09672), 2021. The cosine schedule.
 # - Kingma, Salimans, Poole, Ho: [*Variational Diffusion Models*](https://arxiv.org/abs/2107.00630), 2021. The bound does not see the schedule.
 # - Chen: [*On the Importance of Noise Scheduling for Diffusion Models*](https://arxiv.org/abs/2301.10972), 2023. The slide's figure and table.
+# - Salimans, Ho: [*Progressive Distillation for Fast Sampling of Diffusion Models*](https://arxiv.org/abs/2202.00512), 2022. The prediction of $v$.
 # - Hoogeboom, Heek, Salimans: [*Simple Diffusion*](https://arxiv.org/abs/2301.11093), 2023. The shift by resolution.
 # - Lin, Liu, Li, Yang: [*Common Diffusion Noise Schedules and Sample Steps are Flawed*](https://arxiv.org/abs/2305.08891), 2024. Zero terminal SNR.
 # - Ronneberger, Fischer, Brox: [*U-Net*](https://arxiv.org/abs/1505.04597), 2015.
 # - Vaswani and others: [*Attention Is All You Need*](https://arxiv.org/abs/1706.03762), 2017.
 # - Peebles, Xie: [*Scalable Diffusion Models with Transformers*](https://arxiv.org/abs/2212.09748), 2023. DiT.
 # - Heusel and others: [*GANs Trained by a Two Time-Scale Update Rule*](https://arxiv.org/abs/1706.08500), 2017. The Fréchet distance as a score.
+# - Salimans and others: [*Improved Techniques for Training GANs*](https://arxiv.org/abs/1606.03498), 2016. The Inception score.
+# - Kynkäänniemi and others: [*Improved Precision and Recall Metric for Assessing Generative Models*](https://arxiv.org/abs/1904.06991), 2019.
 # - Chong, Forsyth: [*Effectively Unbiased FID and Inception Score*](https://arxiv.org/abs/1911.07023), 2020.
 # - Barratt, Sharma: [*A Note on the Inception Score*](https://arxiv.org/abs/1801.01973), 2018.
 # - Parmar, Zhang, Zhu: [*On Aliased Resizing and Surprising Subtleties in GAN Evaluation*](https://arxiv.org/abs/2104.11222), 2022. Trick 3.
