@@ -159,6 +159,12 @@ def their_default() -> Denoiser:
     return Denoiser(Theirs((16, 32, 40), 2), DiscretePath(linear_betas(1000)), predicts="eps")
 
 
+# Tried, 60 s of the processor each: steps; v-loss on the test images at uniform times; Fréchet distance of 300 samples, 10 steps of
+# DDIM. UNet2DModel in float32, channels-last, with our path, times and schedule of the learning rate:
+#     16, 32, 40, two layers, lr 1e-3              50 steps   0.333   9.39
+#     16, 32, 40, two layers, lr 2e-3              57 steps   0.259   8.34
+#     8, 32, 56, one layer, scale-shift, lr 2e-3   77 steps   0.305   8.60
+#     ours, as in its recipe                      213 steps   0.189   4.58
 CONTESTANTS = {
     "ours: UNet of mnist-unet": (ours_denoiser, RECIPE["times"], {}),
     "UNet2DModel, tuned": (their_best, RECIPE["times"], {"lr": 2e-3, "precision": "float32"}),
