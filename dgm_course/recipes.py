@@ -167,11 +167,11 @@ RECIPES = {
         "scored with": {"classifier": "mnist-classifier", "samples": 2000, "draws": 3},
     },
     "mnist-resolutions": {
-        "what": "digits at three resolutions, each with the log-SNR of the cosine path moved by six amounts, over seeds",
+        "what": "digits at three resolutions, each with the log-SNR of the cosine path moved by five amounts, over seeds",
         "data": "mnist",
         "vary": {
             "kind": ["14 px", "28 px", "56 px"],
-            "path": [{"class": "Cosine", "shift": shift} for shift in (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0)],
+            "path": [{"class": "Cosine", "shift": shift} for shift in (-6.0, -4.0, -2.0, 0.0, 2.0)],
             "seed": [0, 1, 2],
         },
         "kinds": {  # the images are folded, so that each network works at 14×14 and costs the same
@@ -265,7 +265,7 @@ def train(name: str, source: str | None = None, out: str | Path = "runs", steps:
     state = Path(out) / f"{name}-{hashlib.sha256(json.dumps(card).encode()).hexdigest()[:8]}.state.pt"
     done, score = _fit(card, x, y, state)
     if PartialState().is_main_process:
-        card["minutes"], card["machine"] = round(done.seconds / 60, 1), _machine()
+        card["minutes"], card["machine"] = round(done.seconds / 60, 1), _machine(card)
         test = data.images(data.load(card["data"], "test", source))
         card["scores"] = score(done.ema.cpu(), *test) | _floor(card, (x, y), test)
         checkpoints.save(name, done.ema, card, out)
@@ -283,7 +283,7 @@ def _fit(card: dict, x: Tensor, y: Tensor, state: Path | None = None) -> tuple[t
 
 def _table(name: str, card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], out: Path) -> dict:
     """Train and score every combination of what varies, and write the table after each, so that a stopped run goes on."""
-    card |= {"machine": _machine(), **_floor(card, train, test), "rows": []}
+    card |= {"machine": _machine(card), **_floor(card, train, test), "rows": []}
     file = out / f"{name}.json"
     if file.is_file() and (before := tables.read(file)) == card | {"rows": before["rows"]}:
         card = before
@@ -313,5 +313,6 @@ def _floor(card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
     return {"Fréchet distance of real images": round(sum(distances) / len(distances), 4)}
 
 
-def _machine() -> str:
-    return f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+def _machine(card: dict) -> str:
+    number = "bfloat16" if training._bfloat16(card.get("fit", {}).get("precision", "auto")) else "float32"
+    return f"{platform.machine()}, {torch.get_num_threads()} thread(s), {number}, torch {torch.__version__}"

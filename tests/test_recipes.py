@@ -804,7 +804,7 @@ def test_a_table_is_for_one_recipe_one_set_of_data_and_one_machine(change, tmp_p
     recipes.train("tiny", out=tmp_path)
     fits.clear()
     if "machine" in change:
-        monkeypatch.setattr(recipes, "_machine", lambda: "a faster one")
+        monkeypatch.setattr(recipes, "_machine", lambda card: "a faster one")
         change = {}
     elif "batch" in change or "vary" in change:
         recipes.RECIPES["tiny"] = recipes.RECIPES["tiny"] | change
