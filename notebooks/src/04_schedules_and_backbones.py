@@ -901,16 +901,19 @@ for step, (name, first) in enumerate(zip(parts, (0, 1, 2), strict=True)):
 backbones = tables.load("mnist-backbones")
 print(backbones["what"], f"({backbones['steps']} steps of {backbones['batch']})")
 print("Fréchet distance of real digits, 1,000 against 1,000:", backbones["Fréchet distance of real images"])
+reached = {}
 for kind, settings in backbones["kinds"].items():
     net = dict(settings["net"])
     size = sum(p.numel() for p in getattr(nets, net.pop("class"))(**net).parameters())
     rows = [row for row in backbones["rows"] if row["kind"] == kind]
-    loss, asked, far = (
-        torch.tensor([row[n] for row in rows]) for n in ("test loss", "classified as asked", "Fréchet distance")
-    )
-    print(
-        f"{kind:>21}: {size:,} parameters, test loss {loss.mean():.3f} ± {loss.std():.3f}, as asked {asked.mean():.0%}, Fréchet distance {far.mean():.2f} ± {far.std():.2f}"
-    )
+    scores = ("test loss", "classified as asked", "Fréchet distance")
+    loss, asked, far = (torch.tensor([row[score] for row in rows]) for score in scores)
+    reached[kind] = loss
+    print(f"{kind}: {size:,} parameters, test loss {loss.mean():.3f} ± {loss.std():.3f},")
+    print(f"    as asked {asked.mean():.0%}, Fréchet distance {far.mean():.1f} ± {far.std():.1f}")
+ranked = sorted(reached, key=lambda kind: reached[kind].mean())
+claim("no seed of a kind is better than any seed of the kind before it", all((reached[a].max() < reached[b].min()).item() for a, b in zip(ranked, ranked[1:], strict=False)))
+claim("of the transformers adaLN-Zero is the best", ranked[2] == "DiT, adaLN-Zero")
 
 # %%
 for kind in ("U-Net", "DiT, adaLN-Zero"):
@@ -919,7 +922,11 @@ for kind in ("U-Net", "DiT, adaLN-Zero"):
     claim(f"{kind}: trained anew, the first three losses (seed 0) are those of the table, to 0.1 %", same)
 
 # %% [markdown]
-# BACKBONETEXT
+# The U-Net is far ahead, and its skip is worth a third of the Fréchet distance. In 600 steps no transformer has got as far as digits: what is asked for comes about as often as by chance. The likely reason is what is built in. A convolution knows from the start that near pixels belong together. A transformer has to learn it from the data, and that takes longer.
+#
+# Among the transformers adaLN-Zero has the lowest loss, then in-context, then cross-attention. The gaps of 2 to 4 % are several times the spread over seeds. In the paper adaLN-Zero is the best, too; but there cross-attention is second, on other images, with other sizes and hundreds of times our steps. The Fréchet distances agree with the loss, but at 13 they say little more than that nobody draws digits yet.
+#
+# The next section has a transformer that was given the time.
 #
 # ### 3.5 A trained DiT, and where it looks
 #
