@@ -140,7 +140,7 @@ HANDED_IN = {  # the files, and the one that is graded, or what is said
 def test_one_notebook_is_graded_and_anything_else_explained(layout, monkeypatch, case):
     graded = []
 
-    def fake(submission, tests, limits, isolation):
+    def fake(submission, tests, limits, isolation, stop):
         graded.append(None if submission.problem else Path(submission.file).name)
         return gradescope.run.failure(submission, tests, limits, submission.problem) | {"score": 5.0}
 
