@@ -198,6 +198,10 @@ class DiT(nn.Module):
 def positions(side: int, width: int) -> Tensor:
     """Where each token is: sinusoids of its row, then of its column, shape (side², width).
 
+    Arguments:
+        side: Tokens in a row, and in a column.
+        width: Numbers in a token, a multiple of 4.
+
     Source:
         | Attention Is All You Need (Vaswani et al., 2017), section 3.5, for one dimension; An Image is Worth 16x16 Words
         | (Dosovitskiy et al., 2021), appendix D.4, for two
@@ -213,7 +217,17 @@ def positions(side: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def attention_maps(net: DiT, xt: Tensor, t: Tensor, y: Tensor | None = None) -> list[Tensor]:
-    """Who looks at whom in each block: a tensor (B, heads, N, N) for each, rows that sum to 1."""
+    """Who looks at whom in each block: a tensor (B, heads, N, N) for each, rows that sum to 1.
+
+    Arguments:
+        net: With "in-context" conditioning the two told tokens come first, so N is larger by 2.
+        xt, t, y: What the network is given.
+
+    Example:
+        >>> maps = attention_maps(DiT(width=32, depth=3), torch.zeros(2, 1, 28, 28), torch.zeros(2))
+        >>> len(maps), maps[0].shape
+        (3, torch.Size([2, 4, 49, 49]))
+    """
     maps = []
     hooks = [
         block.attention.register_forward_pre_hook(lambda attention, h: maps.append(attention.weights(*h)))
