@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from dgm_course.paths.base import QUANTITIES, GaussianPath, Time
+from dgm_course.paths.base import QUANTITIES, GaussianPath, Time, expand
 
-__all__ = ["Denoiser", "clipped"]
+__all__ = ["Denoiser", "clipped", "on_path", "read_as"]
 
 
 class Denoiser(nn.Module):
@@ -86,3 +86,73 @@ def clipped(d: Callable, low: float = -1.0, high: float = 1.0) -> Callable:
     if not low < high:
         raise ValueError(f"low must be less than high; got {low} and {high}")
     return lambda xt, t, **cond: d(xt, t, **cond).clamp(low, high)
+
+
+def read_as(quantity: str, d: Callable, path: GaussianPath) -> Callable:
+    r"""A denoiser read as another quantity: its score, its ε̂, its v, or the velocity of the probability-flow ODE.
+
+    .. math:: \hat s = (\alpha\hat x_0 - x_t)/\sigma^2, \qquad \dot x_t = \alpha'\hat x_0 + \sigma'\hat\epsilon
+
+    The velocity is the drift of the ODE :math:`dx = [f x - \tfrac12 g^2\hat s]\,dt`: one thing in two units.
+
+    Arguments:
+        quantity: "eps", "v", "score" or "velocity".
+        d: A denoiser (x_t, t) → x̂_0.
+        path: The Gaussian path.
+
+    Returns:
+        A function (x_t, t) → the quantity, of the shape of x_t.
+
+    Raises:
+        ValueError: If the quantity is unknown; on a call, where x_t and x̂_0 do not determine it (σ = 0).
+
+    Source:
+        | Score-Based Generative Modeling through SDEs (Song et al., 2021), eq. 13
+
+    Example:
+        >>> import torch
+        >>> from dgm_course.paths import Straight
+        >>> read_as("velocity", lambda xt, t: torch.zeros_like(xt), Straight())(torch.ones(1), 0.5).item()
+        2.0
+    """
+    if quantity not in QUANTITIES:
+        raise ValueError(f"quantity must be one of {', '.join(QUANTITIES)}; got {quantity!r}")
+    return lambda xt, t, **cond: path.convert(d(xt, t, **cond), xt, t, given="x0", to=quantity)
+
+
+def on_path(d: Callable, trained: GaussianPath, path: GaussianPath) -> Callable:
+    r"""A denoiser of one path as a denoiser of another: what it needs to know is the signal-to-noise ratio alone.
+
+    With the time :math:`\tau` at which its own path has the same ratio, both states are the same mixture in another size:
+
+    .. math:: \hat x_0(x_t, t) = \hat x_0^{trained}(c\,x_t, \tau), \qquad
+              c^2 = \frac{\alpha_{trained}^2(\tau) + \sigma_{trained}^2(\tau)}{\alpha^2(t) + \sigma^2(t)}
+
+    Arguments:
+        d: A denoiser (x_t, t) → x̂_0 on `trained`.
+        trained: Its path, continuous.
+        path: The path on which it is to be used.
+
+    Returns:
+        A denoiser on `path`.
+
+    Raises:
+        ValueError: On a call, if `trained` does not reach the ratio.
+
+    Source:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), section 2 and appendix B
+
+    Example:
+        >>> import torch
+        >>> from dgm_course.paths import VE, VP
+        >>> d = on_path(lambda xt, t: xt, VP(), VE())  # at t = 1 of VE the noise is 50 times as large
+        >>> round(d(torch.full((1, 1), 50.0), 1.0).item(), 2)
+        1.0
+    """
+
+    def moved(xt: Tensor, t: Time, **cond) -> Tensor:
+        tau = trained.time_at(path.logsnr(t))
+        size = (trained.alpha(tau) ** 2 + trained.sigma(tau) ** 2) / (path.alpha(t) ** 2 + path.sigma(t) ** 2)
+        return d(expand(size.sqrt(), xt) * xt, tau, **cond)
+
+    return moved

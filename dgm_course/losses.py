@@ -8,7 +8,7 @@ from torch import Tensor
 from dgm_course.denoisers import Denoiser
 from dgm_course.paths.base import GaussianPath, Time, expand, same_shape
 
-__all__ = ["bound_term", "simple"]
+__all__ = ["bound_term", "dsm", "esm", "jacobian_trace", "simple", "ssm"]
 
 
 def simple(d: Denoiser, x0: Tensor, t: Time, eps: Tensor, weight: Tensor | None = None, **cond) -> Tensor:
@@ -42,12 +42,168 @@ def simple(d: Denoiser, x0: Tensor, t: Time, eps: Tensor, weight: Tensor | None 
         4.0
     """
     target = d.path.quantity(d.predicts, x0, eps, t)
-    error = (d.output(d.path.perturb(x0, t, eps), t, **cond) - target).square().flatten(1).mean(1)
+    return _mean((d.output(d.path.perturb(x0, t, eps), t, **cond) - target).square().flatten(1).mean(1), weight)
+
+
+# Score matching -------------------------------------------------------------------------------------------------------
+
+
+def dsm(d: Denoiser, x0: Tensor, t: Time, eps: Tensor, weight: Tensor | None = None, **cond) -> Tensor:
+    r"""Denoising score matching: the squared error of the score against that of q(x_t given x_0), which is known.
+
+    .. math:: L = \tfrac12\,\mathbb E\bigl[\lambda\,\lVert s_\theta(x_t, t) + \epsilon/\sigma_t\rVert^2\bigr],
+              \qquad x_t = \alpha x_0 + \sigma\epsilon
+
+    It has the gradient of `esm` at the same times, and so its minimiser, the score of p_t. Its value is larger by a number without θ.
+    With λ = σ² it is D/2 times the `simple` loss of a network that predicts the noise.
+
+    Arguments:
+        d: The denoiser in training, whatever it predicts; read as a score.
+        x0: Clean data, shape (B, …).
+        t: Times with σ(t) > 0, shape (B,) or a number.
+        eps: Standard normal noise, same shape as `x0`.
+        weight: λ of each sample, shape (B,); 1 if not given.
+        cond: What the network is conditioned on.
+
+    Returns:
+        The mean over samples of the sum over values, shape ().
+
+    Raises:
+        ValueError: If a shape does not fit, or σ = 0.
+
+    Source:
+        | Slide "In summary, we optimize this equation"; A Connection Between Score Matching and Denoising Autoencoders
+        | (Vincent, 2011), eq. 12; Score-Based Generative Modeling through SDEs (Song et al., 2021), eq. 7
+
+    Example:
+        >>> from dgm_course.paths import Straight
+        >>> d = Denoiser(lambda xt, t: torch.zeros_like(xt), Straight(), predicts="score")
+        >>> dsm(d, torch.zeros(1, 3), 0.5, torch.ones(1, 3)).item()
+        6.0
+    """
+    xt = d.path.perturb(x0, t, eps)
+    error = _score(d, xt, t, **cond) - d.path.quantity("score", x0, eps, t)
+    return _mean(0.5 * error.square().flatten(1).sum(1), weight)
+
+
+def esm(d: Denoiser, x0: Tensor, t: Time, eps: Tensor, weight: Tensor | None = None, **cond) -> Tensor:
+    r"""Score matching with the exact trace: needs no target at all, but D gradients for D values in a sample.
+
+    .. math:: L = \mathbb E\bigl[\lambda\,\bigl(\mathrm{tr}\,\nabla_x s_\theta(x_t, t) + \tfrac12\lVert s_\theta(x_t, t)\rVert^2\bigr)\bigr]
+
+    Up to a number without θ this is :math:`\tfrac12\mathbb E\,\lambda\lVert s_\theta - \nabla\log p_t\rVert^2`, by parts, if
+    :math:`p_t s_\theta` vanishes at infinity.
+
+    Arguments, Returns and Raises as for `dsm`.
+
+    Source:
+        | Slide "How to train score function model?"; Estimation of Non-Normalized Statistical Models by Score Matching
+        | (Hyvärinen, 2005), eq. 4
+
+    Example:
+        >>> from dgm_course.paths import Straight
+        >>> d = Denoiser(lambda xt, t: -xt, Straight(), predicts="score")
+        >>> esm(d, torch.zeros(1, 3), 0.5, torch.full((1, 3), 2.0)).item()
+        -1.5
+    """
+    with torch.enable_grad():
+        xt = d.path.perturb(x0, t, eps).requires_grad_()
+        score = _score(d, xt, t, **cond)
+        return _mean(jacobian_trace(score, xt) + 0.5 * score.square().flatten(1).sum(1), weight)
+
+
+def ssm(
+    d: Denoiser,
+    x0: Tensor,
+    t: Time,
+    eps: Tensor,
+    v: Tensor,
+    weight: Tensor | None = None,
+    reduced: bool = True,
+    **cond,
+) -> Tensor:
+    r"""Sliced score matching: the trace looked at along one random direction, for one gradient whatever D is.
+
+    .. math:: L = \mathbb E\bigl[\lambda\,\bigl(v^\top\nabla_x s_\theta\,v + \tfrac12\lVert s_\theta\rVert^2\bigr)\bigr], \qquad
+              \text{or}\ \tfrac12(v^\top s_\theta)^2\ \text{for}\ \tfrac12\lVert s_\theta\rVert^2\ \text{if not reduced}
+
+    With :math:`\mathbb E\,vv^\top = I` both are `esm` on average; the reduced form has less variance. With v of length 1 the second is only
+    scaled by 1/D, and the reduced one is wrong: for N(0, I) its minimiser is −x/D.
+
+    Arguments, Returns and Raises as for `dsm`, and
+
+    Arguments:
+        v: Directions with mean 0 and covariance I, normal or of random signs, same shape as `x0`.
+        reduced: Whether the second term is exact.
+
+    Source:
+        | Slide "Sliced score matching"; Sliced Score Matching (Song et al., 2019), eq. 7-8
+
+    Example:
+        >>> from dgm_course.paths import Straight
+        >>> d = Denoiser(lambda xt, t: -xt, Straight(), predicts="score")
+        >>> ssm(d, torch.zeros(1, 3), 0.5, torch.full((1, 3), 2.0), torch.ones(1, 3)).item()
+        -1.5
+    """
+    same_shape(x0=x0, v=v)
+    with torch.enable_grad():
+        xt = d.path.perturb(x0, t, eps).requires_grad_()
+        score = _score(d, xt, t, **cond)
+        size = score.square() if reduced else (v * score).flatten(1).sum(1, keepdim=True).square()
+        return _mean(jacobian_trace(score, xt, v) + 0.5 * size.flatten(1).sum(1), weight)
+
+
+def jacobian_trace(y: Tensor, x: Tensor, v: Tensor | None = None) -> Tensor:
+    r"""The trace of ∂y/∂x for each sample: exact, with one gradient for each of the D values; or Hutchinson's estimate along v.
+
+    .. math:: \mathrm{tr}\,J = \sum_i J_{ii} = \mathbb E\,v^\top J\,v \quad\text{if}\quad \mathbb E\,vv^\top = I
+
+    Arguments:
+        y: Values computed from `x`, sample by sample, same shape (B, …).
+        x: A tensor that requires its gradient.
+        v: Random directions, same shape; without them the trace is exact.
+
+    Returns:
+        One trace for each sample, shape (B,), which can be differentiated further.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Source:
+        | A Stochastic Estimator of the Trace of the Influence Matrix (Hutchinson, 1990); FFJORD (Grathwohl et al., 2019), eq. 7
+
+    Example:
+        >>> x = torch.ones(2, 3, requires_grad=True)
+        >>> jacobian_trace(x**2, x).tolist()
+        [6.0, 6.0]
+    """
+    same_shape(x=x, y=y, **({} if v is None else {"v": v}))
+    if not y.requires_grad:  # y does not depend on x
+        return x.new_zeros(len(x))
+    if v is not None:
+        (row,) = torch.autograd.grad((v * y).sum(), x, create_graph=True, materialize_grads=True)
+        return (v * row).flatten(1).sum(1)
+    total = 0
+    for i, value in enumerate(y.flatten(1).sum(0)):
+        (row,) = torch.autograd.grad(value, x, create_graph=True, materialize_grads=True)
+        total = total + row.flatten(1)[:, i]
+    return total
+
+
+def _score(d: Denoiser, xt: Tensor, t: Time, **cond) -> Tensor:
+    return d.path.convert(d.output(xt, t, **cond), xt, t, given=d.predicts, to="score")
+
+
+def _mean(error: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean over samples, weighted where asked."""
     if weight is not None:
         if weight.shape != error.shape:
             raise ValueError(f"weight must have shape {tuple(error.shape)}; got {tuple(weight.shape)}")
-        error = weight * error
+        error = weight.to(error) * error
     return error.mean()
+
+
+# The variational bound ------------------------------------------------------------------------------------------------
 
 
 def bound_term(

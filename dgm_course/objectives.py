@@ -176,12 +176,13 @@ def quality(
     *,
     classifier: str,
     samples: int,
-    steps: int,
     draws: int,
+    steps: int = 50,
     eta: float = 0.0,
     seed: int = 0,
+    sampler: Callable | None = None,
 ) -> dict[str, float]:
-    """How good a class-conditional model's samples are, to a shipped classifier: as many of each class, by DDIM.
+    """How good a class-conditional model's samples are, to a shipped classifier: as many of each class.
 
     Arguments:
         denoiser: A denoiser with labels; its guesses are clipped to [−1, 1].
@@ -189,13 +190,18 @@ def quality(
             resized to 28 for the classifier.
         classifier: Name of the checkpoint whose features and answers are used.
         samples: Samples in a draw, in equal parts of every class, compared with as many of `x`.
-        steps: Steps of DDIM, equally spaced.
-        eta: DDIM's share of fresh noise.
         draws: Independent draws of samples and of images; the scores are their means.
+        steps, eta: Steps of DDIM, equally spaced, and its share of fresh noise.
+        sampler: A function (denoiser, standard normal noise, generator) → samples, instead of DDIM.
 
     Returns:
         The share classified as asked for, and the Fréchet distance to the real images.
     """
+
+    def ddim(d, noise, g):
+        path = denoiser.path
+        return samplers.last(samplers.ddim(d, path, noise, path.times(steps), eta=eta, generator=g))
+
     judge, g = checkpoints.load(classifier), torch.Generator().manual_seed(seed)
     asked = torch.arange(int(y.max()) + 1).repeat_interleave(samples // (int(y.max()) + 1))
     right, distance = [], []
@@ -204,9 +210,7 @@ def quality(
         for labels in asked.split(250):
             conditional = clipped(lambda xt, t, labels=labels: denoiser(xt, t, y=labels))
             noise = torch.randn(len(labels), *x.shape[1:], generator=g)
-            times = denoiser.path.times(steps)
-            states = samplers.ddim(conditional, denoiser.path, noise, times, eta=eta, generator=g)
-            drawn.append(samplers.last(states))
+            drawn.append((sampler or ddim)(conditional, noise, g))
         drawn, real = (data.resized(images, JUDGED) for images in (torch.cat(drawn), real))
         with torch.no_grad():
             right.append((judge(drawn).argmax(1) == asked).double().mean().item())

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from dgm_course import checkpoints, data, metrics, objectives, tables, training
+from dgm_course import checkpoints, data, measures, metrics, objectives, tables, training
 
 __all__ = ["RECIPES", "names", "train"]
 
@@ -207,6 +208,22 @@ RECIPES = {
         "fit": {"ema": 0.9995},
         "scored with": {"classifier": "mnist-classifier", "samples": 2000, "draws": 3},
     },
+    "mnist-sde": {
+        "what": "samplers of the reverse SDE and of its ODE, on the VP path with the network of mnist-unet, over seeds",
+        "data": "mnist",
+        "checkpoint": "mnist-unet",
+        "path": {"class": "VP"},
+        "vary": {
+            "seed": [0, 1],
+            "sampler": [
+                {"name": name, "evaluations": evaluations}
+                for evaluations in (10, 20, 50, 100, 200)
+                for name in ("Euler–Maruyama", "ancestral", "predictor–corrector", "corrector–predictor", "Heun")
+            ]
+            + [{"name": "dopri5", "tolerance": tolerance} for tolerance in (1e-1, 1e-2, 1e-3, 1e-4)],
+        },
+        "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
+    },
     "mnist-unet": {
         "what": "class-conditional U-Net on MNIST, v-prediction on the cosine path, labels dropped 10 %",
         "helped": [
@@ -238,21 +255,27 @@ def train(name: str, source: str | None = None, out: str | Path = "runs", steps:
     """Run a recipe to its end, write the checkpoint and its card to `out`, and return the card.
 
     A recipe that says what to `vary` trains once for each combination, keeps the scores alone, and writes them as a table.
+    One that names a `checkpoint` trains nothing: it measures what each sampler makes of it.
 
     Arguments:
         name: One of `names()`.
         source: The data to train on, as in `data.load`; the shipped checkpoints used the full set.
         out: Folder for the checkpoint and, while training, for the state that a stopped run goes on from: the same
             recipe, data and steps find it again.
-        steps: Steps instead of the recipe's.
+        steps: Steps of training instead of the recipe's.
 
     Raises:
-        ValueError: If there is no such recipe, or one that varies something is run by several processes.
+        ValueError: If there is no such recipe, one that varies something is run by several processes, or steps are asked of
+            one that trains nothing.
         KeyboardInterrupt: If stopped; the state is saved first.
     """
     if name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(names())}; got {name!r}")
-    card = {**RECIPES[name], "steps": steps or RECIPES[name]["steps"]}
+    card = dict(RECIPES[name])
+    if steps and "checkpoint" in card:
+        raise ValueError(f"recipe {name} trains nothing, so it has no steps; got {steps}")
+    if "checkpoint" not in card:
+        card["steps"] = steps or card["steps"]
     x, y = data.images(data.load(card["data"], "train", source))
     card["images"], card["data_sha256"] = len(x), data.content_hash(x, y)
     card["recipe"] = f"dgm-course train {name}" + " --source hub" * bool(source) + f" --steps {steps}" * bool(steps)
@@ -282,18 +305,21 @@ def _fit(card: dict, x: Tensor, y: Tensor, state: Path | None = None) -> tuple[t
 
 
 def _table(name: str, card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], out: Path) -> dict:
-    """Train and score every combination of what varies, and write the table after each, so that a stopped run goes on."""
+    """Try every combination of what varies, and write the table after each, so that a stopped run goes on."""
     card |= {"machine": _machine(card), **_floor(card, train, test), "rows": []}
     file = out / f"{name}.json"
     if file.is_file() and (before := tables.read(file)) == card | {"rows": before["rows"]}:
         card = before
     for values in list(itertools.product(*card["vary"].values()))[len(card["rows"]) :]:
         row = dict(zip(card["vary"], values, strict=True))
-        done, score = _fit(card | row | card.get("kinds", {}).get(row.get("kind"), {}), *train)
-        first = [round(value, 5) for value in done.losses[:3]]
-        card["rows"].append(
-            row | score(done.ema.cpu(), *test) | {"first losses": first, "minutes": round(done.seconds / 60, 2)}
-        )
+        settings, began = card | row | card.get("kinds", {}).get(row.get("kind"), {}), time.perf_counter()
+        if "checkpoint" in card:
+            row |= measures.measure(settings, *test) | {"minutes": round((time.perf_counter() - began) / 60, 2)}
+        else:
+            done, score = _fit(settings, *train)
+            first = [round(value, 5) for value in done.losses[:3]]
+            row |= score(done.ema.cpu(), *test) | {"first losses": first, "minutes": round(done.seconds / 60, 2)}
+        card["rows"].append(row)
         tables.write(file, card)
     return card
 
@@ -314,5 +340,6 @@ def _floor(card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
 
 
 def _machine(card: dict) -> str:
-    number = "bfloat16" if training._bfloat16(card.get("fit", {}).get("precision", "auto")) else "float32"
+    precision = "float32" if "checkpoint" in card else card.get("fit", {}).get("precision", "auto")
+    number = "bfloat16" if training._bfloat16(precision) else "float32"
     return f"{platform.machine()}, {torch.get_num_threads()} thread(s), {number}, torch {torch.__version__}"

@@ -136,8 +136,43 @@ class GaussianPath:
 
     def logsnr(self, t: Time) -> Tensor:
         r"""The log signal-to-noise ratio :math:`\log(\alpha^2/\sigma^2)`; ±inf where σ or α is 0. DPM-Solver's λ is half of it."""
-        t = self._time(t)
+        return self._logsnr(self._time(t))
+
+    def _logsnr(self, t: Tensor) -> Tensor:
         return 2 * self._alpha(t).log() - self._variance(t).log()
+
+    def time_at(self, logsnr: Time) -> Tensor:
+        r"""The time at which the log-SNR has this value: the inverse of `logsnr`, found by bisection.
+
+        Arguments:
+            logsnr: A number or a tensor of any shape; −∞ and ∞ where the path reaches them.
+
+        Returns:
+            Times in [0, 1], float64, of the same shape.
+
+        Raises:
+            ValueError: If the path does not reach such a value, or has whole times only.
+
+        Source:
+            | Variational Diffusion Models (Kingma et al., 2021), section 5.1: the log-SNR is the natural clock of a path
+
+        Example:
+            >>> from dgm_course.paths import Straight
+            >>> Straight().time_at(torch.tensor([-torch.inf, 0.0])).tolist()
+            [1.0, 0.5]
+        """
+        if self.horizon != 1:
+            raise ValueError(f"{self!r} has whole times only, and no time for each log-SNR")
+        logsnr = torch.as_tensor(logsnr, dtype=torch.float64)
+        low, high = torch.zeros_like(logsnr), torch.ones_like(logsnr)
+        most, least = self.logsnr(0.0), self.logsnr(1.0)
+        if not bool(((logsnr >= least) & (logsnr <= most)).all()):
+            raise ValueError(f"logsnr must lie in [{least:g}, {most:g}], where {self!r} goes; got {logsnr.tolist()}")
+        for _ in range(64):
+            middle = (low + high) / 2
+            later = self._logsnr(middle) > logsnr  # too much signal there: the time lies later
+            low, high = torch.where(later, middle, low), torch.where(later, high, middle)
+        return torch.where(logsnr == most, 0.0, high)
 
     def drift(self, t: Time) -> Tensor:
         r"""The linear drift f(t) of the SDE :math:`dx = f(t)\,x\,dt + g(t)\,dw` with these marginals: :math:`f = \alpha'/\alpha`.

@@ -1,132 +1,15 @@
-r"""Samplers: plain functions of (denoiser, path, x, times) that return the states on the way from noise to data.
-
-`ddpm` and `ddim` move by :math:`x_s = \text{keep}\cdot x_t + \text{pull}\cdot\hat x_0 + \text{std}\cdot z`; the second-order solvers
-draw no noise and add one more x̂_0. The coefficients depend on the path and the grid of times alone, so they are worked out
-once, in float64; what is left for a step is a multiplication and an addition.
-"""
+"""DDIM, and the second-order solvers of the probability-flow ODE: Heun and DPM-Solver++(2M)."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from dgm_course.paths.base import GaussianPath, Time, expand, same_shape
+from dgm_course.samplers.grid import apply, checked_grid, coefficient_rows, noise_like, watched, weighted_sum
 
-__all__ = [
-    "ddim",
-    "ddim_step",
-    "ddpm",
-    "ddpm_step",
-    "dpm_solver_pp_2m",
-    "dpm_solver_pp_2m_step",
-    "heun",
-    "heun_step",
-    "last",
-]
-
-
-def last(states: Iterator[Tensor]) -> Tensor:
-    """The final state of a sampler.
-
-    Example:
-        >>> last(iter([torch.zeros(1), torch.ones(1)]))
-        tensor([1.])
-    """
-    (x,) = deque(states, maxlen=1)
-    return x
-
-
-# DDPM: one random step of the reverse chain ---------------------------------------------------------------------------
-
-
-def ddpm_step(
-    path: GaussianPath, xt: Tensor, x0: Tensor, t: Time, s: Time, *, variance: str = "beta", noise: Tensor | None = None
-) -> Tensor:
-    r"""Draw :math:`x_s \sim p_\theta(x_s \mid x_t)`: the mean of q(x_s given x_t, x̂_0), and noise of variance Σ_θ.
-
-    .. math:: x_s = \tfrac{a\sigma_s^2}{\sigma_t^2}x_t + \tfrac{\alpha_s v}{\sigma_t^2}\hat x_0 + \sqrt{\Sigma_\theta}\,z,
-              \qquad a = \alpha_t/\alpha_s,\quad v = \sigma_t^2 - a^2\sigma_s^2
-
-    Arguments:
-        path: The Gaussian path.
-        xt: State at t, shape (B, …).
-        x0: The denoiser's x̂_0(x_t, t), same shape.
-        t, s: Times with s < t; numbers, or tensors of shape (B,).
-        variance: Σ_θ, "beta" for v (β_t on the chain) or "posterior" for v·σ_s²/σ_t² (β̃_t). Where σ_s = 0 it is 0.
-        noise: z, same shape as `xt`; without it the mean is returned.
-
-    Raises:
-        ValueError: If s ≥ t, the shapes differ, or `variance` is unknown.
-
-    Source:
-        | Slide "Algorithm 2 Sampling"; Ho et al. (2020), section 3.2
-    """
-    return _apply(_ddpm_coefficients(path, t, s, variance), xt, x0, noise)
-
-
-def ddpm(
-    denoiser: Callable,
-    path: GaussianPath,
-    x: Tensor,
-    times,
-    *,
-    variance: str | Callable = "beta",
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    r"""Ancestral sampling: the lecture's Algorithm 2, on any grid of times.
-
-    Arguments:
-        denoiser: (x_t, t) → x̂_0.
-        path: The Gaussian path.
-        x: The first state, at times[0], shape (B, …): σ(times[0])·noise, as a rule.
-        times: Strictly descending, shape (N + 1,). If the last is 0, the last state is x̂_0.
-        variance: "beta" or "posterior" as in `ddpm_step`, or a function (x_t, x̂_0, t, s) → Σ_θ, a number, or a
-            tensor of shape (B,) or that of x.
-        generator: Source of the noise.
-
-    Returns:
-        An iterator over the N states after each step.
-
-    Raises:
-        ValueError, TypeError: At the call, if an argument does not fit.
-        FloatingPointError: At the step where a state is not finite.
-
-    Source:
-        | Slide "Algorithm 2 Sampling"; Ho et al. (2020), Algorithm 2
-
-    Example:
-        >>> from dgm_course.paths import Cosine
-        >>> states = ddpm(lambda xt, t: torch.ones_like(xt), Cosine(), torch.randn(4, 2), Cosine().times(5))
-        >>> last(states).unique()
-        tensor([1.])
-    """
-    times = checked_grid(path, x, times)
-    drawn = callable(variance)
-    table = _table(x, times, _ddpm_coefficients(path, times[:-1], times[1:], "beta" if drawn else variance))
-
-    def states(x):
-        for t, s, keep, pull, std in table:
-            x0 = denoiser(x, t)
-            mean = x.mul(keep).add_(x0, alpha=pull)
-            if s > 0 and drawn:
-                var = torch.as_tensor(variance(x, x0, t, s), dtype=x.dtype, device=x.device)
-                x = mean + (expand(var, x) if var.ndim == 1 else var).sqrt() * _noise(x, generator)
-            else:
-                x = mean.add_(_noise(x, generator), alpha=std) if s > 0 else mean
-            yield x
-
-    return _watched(states(x), times)
-
-
-def _ddpm_coefficients(path: GaussianPath, t: Time, s: Time, variance: str):
-    if variance not in ("beta", "posterior"):
-        raise ValueError(f"variance must be 'beta', 'posterior' or, for ddpm, a function; got {variance!r}")
-    keep, pull, posterior = path.bridge(s, t)
-    var = path.transition(s, t)[1] if variance == "beta" else posterior
-    return keep, pull, torch.where(path.sigma(s) > 0, var, 0).clamp(min=0).sqrt()
-
+__all__ = ["ddim", "ddim_step", "dpm_solver_pp_2m", "dpm_solver_pp_2m_step", "heun", "heun_step"]
 
 # DDIM: the same marginals with less noise, or none --------------------------------------------------------------------
 
@@ -157,7 +40,7 @@ def ddim_step(
     """
     if eta and noise is None:
         raise ValueError(f"noise must be given for eta = {eta}; got None")
-    return _apply(_ddim_coefficients(path, t, s, eta), xt, x0, noise)
+    return apply(_ddim_coefficients(path, t, s, eta), xt, x0, noise)
 
 
 def ddim(
@@ -183,16 +66,16 @@ def ddim(
         [(4, 2), (4, 2)]
     """
     times = checked_grid(path, x, times)
-    table = _table(x, times, _ddim_coefficients(path, times[:-1], times[1:], eta))
+    table = coefficient_rows(x, times, _ddim_coefficients(path, times[:-1], times[1:], eta))
 
     def states(x):
         for t, _s, keep, pull, std in table:
             x = x.mul(keep).add_(denoiser(x, t), alpha=pull)
             if std:
-                x.add_(_noise(x, generator), alpha=std)
+                x.add_(noise_like(x, generator), alpha=std)
             yield x
 
-    return _watched(states(x), times)
+    return watched(states(x), times)
 
 
 def _ddim_coefficients(path: GaussianPath, t: Time, s: Time, eta: float):
@@ -239,14 +122,14 @@ def heun(denoiser: Callable, path: GaussianPath, x: Tensor, times) -> Iterator[T
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), Algorithm 1
     """
     times = checked_grid(path, x, times)
-    table = _table(x, times, _heun_coefficients(path, times[:-1], times[1:]))
+    table = coefficient_rows(x, times, _heun_coefficients(path, times[:-1], times[1:]))
 
     def states(x):
         for row in table:
             x = _heun(denoiser, x, *row)
             yield x
 
-    return _watched(states(x), times)
+    return watched(states(x), times)
 
 
 def _heun(denoiser, x, t, s, keep, pull, stay, old, half_t, half_s):
@@ -254,7 +137,7 @@ def _heun(denoiser, x, t, s, keep, pull, stay, old, half_t, half_s):
     ahead = x.mul(keep).add_(x0, alpha=pull)
     if not math.isfinite(stay) or not math.isfinite(half_s):
         return ahead
-    return _sum((stay, x), (old, x0), (half_s, ahead), (half_t, denoiser(ahead, s)))
+    return weighted_sum((stay, x), (old, x0), (half_s, ahead), (half_t, denoiser(ahead, s)))
 
 
 def _heun_coefficients(path: GaussianPath, t: Time, s: Time):
@@ -301,7 +184,7 @@ def dpm_solver_pp_2m_step(
     if (x0_before is None) != (t_before is None):
         raise ValueError("x0_before and t_before must be given together; got one of them")
     keep, now, before = _dpm_solver_pp_2m_coefficients(path, t, s, t_before)
-    out = _apply((keep, now, torch.zeros(())), xt, x0, None)
+    out = apply((keep, now, torch.zeros(())), xt, x0, None)
     if x0_before is None:
         return out
     same_shape(xt=xt, x0_before=x0_before)
@@ -318,13 +201,14 @@ def dpm_solver_pp_2m(denoiser: Callable, path: GaussianPath, x: Tensor, times) -
 
     Example:
         >>> from dgm_course.paths import VP
+        >>> from dgm_course.samplers import last
         >>> last(dpm_solver_pp_2m(lambda xt, t: torch.ones_like(xt), VP(), torch.randn(1, 2), VP().times(5)))
         tensor([[1., 1.]])
     """
     times = checked_grid(path, x, times)
     first = _dpm_solver_pp_2m_coefficients(path, times[:1], times[1:2], None)
     later = _dpm_solver_pp_2m_coefficients(path, times[1:-1], times[2:], times[:-2])
-    table = _table(x, times, [torch.cat(pair) for pair in zip(first, later, strict=True)])
+    table = coefficient_rows(x, times, [torch.cat(pair) for pair in zip(first, later, strict=True)])
 
     def states(x):
         x0_before = None
@@ -336,7 +220,7 @@ def dpm_solver_pp_2m(denoiser: Callable, path: GaussianPath, x: Tensor, times) -
             x0_before = x0
             yield x
 
-    return _watched(states(x), times)
+    return watched(states(x), times)
 
 
 def _dpm_solver_pp_2m_coefficients(path: GaussianPath, t: Time, s: Time, t_before: Time | None):
@@ -351,60 +235,3 @@ def _dpm_solver_pp_2m_coefficients(path: GaussianPath, t: Time, s: Time, t_befor
     past = h / (2 * (lambda_t - alpha_before.log() + var_before.log() / 2))  # 1/(2r)
     past = torch.where(h.isfinite(), past, 0)  # σ_s = 0: the last step is first order
     return keep, pull * (1 + past), -pull * past
-
-
-# What the samplers share ----------------------------------------------------------------------------------------------
-
-
-def checked_grid(path: GaussianPath, x: Tensor, times) -> Tensor:
-    """Check what every sampler is given, and evaluate the path on the grid; returns the times as float64."""
-    if not isinstance(path, GaussianPath):
-        raise TypeError(f"path must be a GaussianPath; got {type(path).__name__}")
-    same_shape(x=x)
-    times = times.cpu() if isinstance(times, Tensor) else torch.tensor(times, dtype=torch.float64)  # lists keep digits
-    times = path.tabulate(torch.atleast_1d(times))
-    if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
-        raise ValueError(f"times must be strictly descending, shape (N + 1,) with N ≥ 1; got {times.tolist()}")
-    return times
-
-
-def _table(x: Tensor, times: Tensor, coefficients) -> list[tuple]:
-    """A row (t, s, keep, …) for each step: Python floats, but `keep` a 0-d tensor of x's dtype, faster to multiply by."""
-    keep, *others = coefficients
-    columns = [
-        times[:-1].tolist(),
-        times[1:].tolist(),
-        keep.to(x.dtype).unbind(),
-        *(column.tolist() for column in others),
-    ]
-    return list(zip(*columns, strict=True))
-
-
-def _apply(coefficients, xt: Tensor, x0: Tensor, noise: Tensor | None) -> Tensor:
-    same_shape(xt=xt, x0=x0, **({} if noise is None else {"noise": noise}))
-    keep, pull, std = (expand(c, xt) for c in coefficients)
-    mean = keep * xt + pull * x0
-    return mean if noise is None else mean + std * noise
-
-
-def _sum(*terms: tuple[float, Tensor]) -> Tensor:
-    (first, x), *rest = terms
-    out = x.mul(first)
-    for factor, tensor in rest:
-        out.add_(tensor, alpha=factor)
-    return out
-
-
-def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-
-
-@torch.no_grad()  # on a generator function it holds while the sampler runs, and not while its caller does
-def _watched(states: Iterator[Tensor], times: Tensor) -> Iterator[Tensor]:
-    for step, x in enumerate(states):
-        if not math.isfinite(x.sum()):  # the sum is finite only if every value is
-            t, s = times[step : step + 2].tolist()
-            raise FloatingPointError(
-                f"the state is not finite after step {step + 1} of {len(times) - 1}, from t = {t:g} to {s:g}"
-            )
-        yield x
