@@ -52,11 +52,10 @@ def draw(setting: dict, d: Callable, path: paths.GaussianPath, noise: Tensor, ge
     if setting["name"] != "dopri5":
         return samplers.last(SAMPLERS[setting["name"]](d, path, x, setting["evaluations"], generator))
     velocity, tolerance = read_as("velocity", d, path), setting["tolerance"]
-    ends = torch.tensor([1.0, EPS])  # without `step_t` a step may go beyond the end, to t < 0
+    ends = torch.tensor([1.0, EPS])
+    inside = {"first_step": 0.01, "step_t": ends[1:]}  # else its first step, or its last, may end at a t below 0
     with torch.no_grad():
-        x = odeint(lambda t, x: velocity(x, t), x, ends, rtol=tolerance, atol=tolerance, options={"step_t": ends[1:]})[
-            -1
-        ]
+        x = odeint(lambda t, x: velocity(x, t), x, ends, rtol=tolerance, atol=tolerance, options=inside)[-1]
         return d(x, EPS)
 
 

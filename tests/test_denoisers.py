@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from oracles import PATHS, known, known_rates, path_of, time_on
+from oracles import CONTINUOUS, MEANS, PATHS, STDS, WEIGHTS, known, known_rates, mixture_mean, path_of, time_on
 from torch import nn
+from torch.distributions import Categorical, MixtureSameFamily, Normal
 
-from dgm_course.denoisers import Denoiser, clipped
-from dgm_course.paths import Cosine, DiscretePath, Straight
+from dgm_course.denoisers import Denoiser, clipped, on_path, read_as
+from dgm_course.paths import VE, VP, Cosine, DiscretePath, Straight
+from dgm_course.toy import GaussianMixture
 
 PREDICTS = ["eps", "x0", "v", "score", "velocity"]
 PAIRS = [(name, predicts) for name in PATHS for predicts in PREDICTS if (name, predicts) != ("chain", "velocity")]
@@ -151,6 +153,130 @@ def test_clipped(low, high):
     assert x[0, 0] == -3.0
 
 
+# The same denoiser in other units -------------------------------------------------------------------------------------
+
+LINE = GaussianMixture(torch.from_numpy(MEANS)[:, None], torch.from_numpy(STDS**2), torch.from_numpy(WEIGHTS))
+
+
+def exact_score(name, x, t):
+    """∇ log p_t of the mixture, by autograd through torch's density with the closed form's α and σ."""
+    alpha, sigma = known(name, t)
+    means, stds = alpha * torch.from_numpy(MEANS), ((alpha * torch.from_numpy(STDS)) ** 2 + sigma**2).sqrt()
+    p = MixtureSameFamily(Categorical(torch.from_numpy(WEIGHTS)), Normal(means, stds))
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(p.log_prob(x).sum(), x)[0]
+
+
+def exact_mean(name, x, t):
+    """E[x_0 | x_t] of the mixture, by Bayes."""
+    return torch.from_numpy(mixture_mean(x[:, 0].numpy(), *known(name, t)))[:, None]
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("t", [0.1, 0.6, 0.95])
+def test_readings_of_the_ideal_denoiser(name, t, generator):
+    """Its score is ∇ log p_t, its ε̂ is −σ·score, its velocity the ODE's f·x − ½g²·score, its v is α·ε̂ − σ·x̂_0."""
+    path, d = path_of(name), LINE.denoiser(path_of(name))
+    (alpha, sigma), (d_alpha, d_sigma) = known(name, t), known_rates(name, t)
+    x = 2 * max(1.0, sigma) * torch.randn(6, 1, generator=generator, dtype=torch.float64)
+    score, x0, f = exact_score(name, x, t), exact_mean(name, x, t), d_alpha / alpha
+    g2 = 2 * sigma * (d_sigma - f * sigma)
+    expected = {
+        "score": score,
+        "eps": -sigma * score,
+        "velocity": f * x - g2 / 2 * score,
+        "v": -alpha * sigma * score - sigma * x0,
+        "x0": x0,
+    }
+    for quantity, value in expected.items():
+        read, tolerance = read_as(quantity, d, path), 1e-8 * max(1.0, value.abs().max().item())
+        torch.testing.assert_close(read(x, t), value, rtol=1e-8, atol=tolerance)
+        each = read(x, torch.tensor([t, 0.3, 0.4, t, 0.5, 0.2], dtype=torch.float64))
+        torch.testing.assert_close(each[[0, 3]], value[[0, 3]], rtol=1e-8, atol=tolerance)
+        assert read(x.float(), t).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["VP", "SubVP", "VE", "Cosine", "Straight"])
+def test_velocity_is_that_of_the_exact_flow(name, generator):
+    """Data N(m, v): the ODE carries x_t to α_u·m + √(Var_u/Var_t)·(x_t − α_t·m) at u; its derivative there is autograd's."""
+    m, v, t = 0.7, 0.3, torch.tensor(0.6, dtype=torch.float64)
+    data = GaussianMixture(torch.tensor([[m]], dtype=torch.float64), v)
+    x = 1 + torch.randn(5, 1, generator=generator, dtype=torch.float64)
+
+    def flow(u):
+        (alpha, sigma), (alpha_t, sigma_t) = (CONTINUOUS[name][1](torch, time) for time in (u, t))
+        ratio = (alpha**2 * v + sigma**2) / (alpha_t**2 * v + sigma_t**2)
+        return alpha * m + ratio.sqrt() * (x - alpha_t * m)
+
+    velocity = torch.autograd.functional.jacobian(flow, t)
+    found = read_as("velocity", data.denoiser(path_of(name)), path_of(name))(x, 0.6)
+    torch.testing.assert_close(found, velocity, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("wrap", [lambda d: read_as("score", d, Cosine()), lambda d: on_path(d, Cosine(), Straight())])
+def test_conditions_and_gradients_pass_through(wrap):
+    """Keyword conditions reach the denoiser unchanged, and gradients come back through it."""
+    y, x, seen = torch.tensor([1, 2]), torch.ones(2, 1, requires_grad=True), []
+
+    def d(xt, t, y=None):
+        seen.append(y)
+        return 3 * xt
+
+    wrap(d)(x, 0.3, y=y).sum().backward()
+    assert len(seen) == 1 and seen[0] is y and x.grad.isfinite().all() and x.grad.abs().min() > 0
+
+
+# The same network on another path -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", ["Cosine", "Cosine shifted", "Scaled", "Straight"])
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_a_denoiser_on_another_path(trained, name, generator):
+    """The mixture's denoiser on one path is, moved, its E[x_0 | x_t] on another: from end to end, and with (B,) times."""
+    moved = on_path(LINE.denoiser(path_of(trained)), path_of(trained), path_of(name))
+    times, rows = [0.0, 0.01, 0.2, 0.6, 0.95, 1.0], []
+    x = torch.randn(6, 1, generator=generator, dtype=torch.float64)
+    x = x * torch.tensor([[max(1.0, known(name, t)[1])] for t in times], dtype=torch.float64)
+    for i, t in enumerate(times):
+        expected = exact_mean(name, x, t)
+        rows.append(expected[i])
+        for time in (t, torch.tensor(t, dtype=torch.float64)):
+            torch.testing.assert_close(moved(x, time), expected, rtol=1e-10, atol=1e-10)
+        assert moved(x.float(), t).dtype == torch.float32
+    each = moved(x, torch.tensor(times, dtype=torch.float64))
+    torch.testing.assert_close(each, torch.stack(rows), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 1, 4, 4)])
+def test_what_a_moved_denoiser_is_given(shape, generator):
+    """From a straight path to the circle: x_t divided by α + σ, at the time σ/(α + σ), in the shape of x_t and of t."""
+    seen = []
+
+    def d(xt, t):
+        seen.append((xt, t))
+        return xt
+
+    moved, x = on_path(d, Straight(), Cosine()), torch.randn(shape, generator=generator, dtype=torch.float64)
+    for t in (0.0, 0.3, 1.0, torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)):
+        angle = torch.as_tensor(t, dtype=torch.float64) * torch.pi / 2
+        total = angle.cos() + angle.sin()
+        moved(x, t)
+        xt, tau = seen[-1]
+        torch.testing.assert_close(xt, x / total.reshape(-1, *[1] * (len(shape) - 1)), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(tau, angle.sin() / total, rtol=1e-12, atol=1e-12)
+
+
+def test_a_ratio_that_was_not_trained():
+    """VP does not reach the log-SNR −∞ at the end of a straight path: asked there, the moved denoiser says so."""
+    moved = on_path(lambda xt, t: xt, VP(), Straight())
+    assert moved(torch.ones(2, 1), 0.9).isfinite().all()
+    for t in (1.0, torch.tensor([0.5, 1.0])):
+        with pytest.raises(ValueError, match=r"^logsnr must lie in \[-10.05, inf\], where VP"):
+            moved(torch.ones(2, 1), t)
+    with pytest.raises(ValueError, match=r"^DiscretePath\(T=2\) has whole times only"):
+        on_path(lambda xt, t: xt, DiscretePath([0.1, 0.2]), VE())(torch.ones(2, 1), 0.5)
+
+
 def test_arguments_are_checked():
     """What does not fit raises and is named."""
     x = torch.ones(4, 2)
@@ -169,6 +295,12 @@ def test_arguments_are_checked():
         (TypeError, "^t must be a number", lambda: d(x, "now")),
         (ValueError, "^low must be less than high; got 1 and 1", lambda: clipped(d, 1, 1)),
         (ValueError, "^low must be less than high", lambda: clipped(d, 1.0, -1.0)),
+        (ValueError, "^quantity must be one of eps, x0, v, score, velocity; got 'noise'",
+         lambda: read_as("noise", d, Cosine())),
+        (ValueError, "^x_t and x0 do not determine score at t = .0.0.", lambda: read_as("score", d, Cosine())(x, 0.0)),
+        (ValueError, r"^t must lie in \[0, 1\]", lambda: on_path(d, Cosine(), Straight())(x, 1.5)),
+        (ValueError, r"^t must be a number or have shape \(4,\)",
+         lambda: on_path(d, Cosine(), Straight())(x, torch.full((3,), 0.5))),
     ]  # fmt: skip
     for error, message, call in cases:
         with pytest.raises(error, match=message):

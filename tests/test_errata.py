@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.integrate
 import sympy
 import torch
 from oracles import bayes_on_a_grid
@@ -17,9 +18,17 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from dgm_course import tables
 from dgm_course.denoisers import Denoiser
 from dgm_course.likelihood import bound, prior_term
-from dgm_course.losses import bound_term, simple
-from dgm_course.paths import DiscretePath
-from dgm_course.samplers import ddim_step, ddpm, ddpm_step, last
+from dgm_course.losses import bound_term, dsm, esm, simple, ssm
+from dgm_course.paths import VP, DiscretePath
+from dgm_course.samplers import (
+    ddim_step,
+    ddpm,
+    ddpm_step,
+    euler_maruyama_step,
+    forward_euler_maruyama,
+    langevin_step,
+    last,
+)
 from dgm_course.schedules import constant_betas, cosine_betas, linear_betas, quadratic_betas
 from dgm_course.toy import GaussianMixture
 from dgm_course.training import batches
@@ -589,6 +598,479 @@ def test_e22_three_sigmas(t):
         near(noise_of(ddim_step, eta=eta), eta * math.sqrt(TILDE_LONG[t]))
     sigmas = [LONG.sigma(t).item(), noise_of(ddpm_step), noise_of(ddim_step, eta=0.5)]
     assert all(first / second > 1.1 for first, second in zip(sigmas[:-1], sigmas[1:], strict=True))
+
+
+# E8, E9, E16, E26: score matching -------------------------------------------------------------------------------------
+
+LAW_WEIGHTS, LAW_MEANS, LAW_STDS = np.array([0.3, 0.7]), np.array([-1.0, 0.6]), np.array([0.4, 0.25])
+AT = 7  # a time of the short chain with as much noise as signal
+SCORES = {  # s_θ and its slope in θ, at θ = 1
+    "−x": (lambda x: -x, lambda x: -x),
+    "tanh": (lambda x: -2 * np.tanh(x) + 0.3, lambda x: -2 * np.tanh(x)),
+    "x²": (lambda x: 0.2 * x**2 - x, lambda x: 0.2 * x**2),
+}
+
+
+def law_on_grids():
+    """x_t and its weights p_t·dx; ∇log p_t; Var(−ε/σ_t | x_t). By Bayes: p(x_0) times p(x_t|x_0) on 2,001 × 1,201 points."""
+    x0, x = np.linspace(-4, 4, 2001), np.linspace(-7, 7, 1201)
+    prior = (LAW_WEIGHTS * normal_density(x0[:, None], LAW_MEANS, LAW_STDS**2)).sum(1)
+    joint = prior * normal_density(x[:, None], math.sqrt(ABAR[AT]) * x0, 1 - ABAR[AT])
+    joint *= (x0[1] - x0[0]) * (x[1] - x[0])
+    conditional = -(x[:, None] - math.sqrt(ABAR[AT]) * x0) / (1 - ABAR[AT])
+    p = joint.sum(1)
+    mean = (joint * conditional).sum(1) / p
+    return x, p, mean, (joint * (conditional - mean[:, None]) ** 2).sum(1) / p, joint, conditional
+
+
+def law_by_nodes():
+    """(x_0, ε, weights) for the kernel: both components, 80 nodes for x_0 and 80 for ε."""
+    k, i, j = (index.ravel() for index in np.meshgrid(range(2), range(80), range(80), indexing="ij"))
+    weights = LAW_WEIGHTS[k] * WEIGHTS[i] * WEIGHTS[j]
+    return column(*(LAW_MEANS[k] + LAW_STDS[k] * NODES[i])), column(*NODES[j]), torch.from_numpy(weights)
+
+
+def mean_dsm(score):
+    """Twice our DSM at AT, as the slide has no ½: over the law, by quadrature."""
+    x0, eps, weights = law_by_nodes()
+    d = Denoiser(lambda xt, t: torch.from_numpy(score(xt.numpy())), SHORT, "score")
+    return 2 * dsm(d, x0, AT, eps, len(weights) * weights).item()
+
+
+def test_e08_four_lines_and_the_missing_one():
+    """Reads four lines with ∇log p_t(x_t) for target: they are equal, for every s_θ, and none can be trained on.
+
+    The step that matters is missing: ∇log p(x_t|x_0) put in adds E Var(∇log p(x_t|x_0) | x_t) ≥ 0, the same number for every
+    θ. The values differ, the gradients in θ do not. On average over x_0 and x_t.
+    """
+    x, p, marginal, spread, joint, conditional = law_on_grids()
+    x0, eps, weights = law_by_nodes()
+    xt = (math.sqrt(ABAR[AT]) * x0 + math.sqrt(1 - ABAR[AT]) * eps)[:, 0].numpy()
+    var = ABAR[AT] * LAW_STDS**2 + 1 - ABAR[AT]
+    each = LAW_WEIGHTS * normal_density(xt[:, None], math.sqrt(ABAR[AT]) * LAW_MEANS, var)
+    at_nodes = -(each * (xt[:, None] - math.sqrt(ABAR[AT]) * LAW_MEANS) / var).sum(1) / each.sum(1)
+    added = (p * spread).sum()
+    assert added > 0.1
+    for score, slope in SCORES.values():
+        single = (p * (score(x) - marginal) ** 2).sum()  # lines 1 and 2
+        double = (joint * ((score(x) - marginal) ** 2)[:, None]).sum()  # line 3
+        drawn = (weights.numpy() * (score(xt) - at_nodes) ** 2).sum()  # line 4
+        near([double, drawn], [single, single], 1e-7)
+        trained = (joint * (score(x)[:, None] - conditional) ** 2).sum()
+        near(trained, single + added, 1e-7)
+        near(mean_dsm(score), single + added, 1e-7)
+        gradients = [
+            (p * 2 * (score(x) - marginal) * slope(x)).sum(),
+            (joint * 2 * (score(x)[:, None] - conditional) * slope(x)[:, None]).sum(),
+        ]
+        near(gradients[0], gradients[1], 1e-7)
+        ahead, behind = (mean_dsm(lambda x, s=score, d=slope, h=h: s(x) + h * d(x)) for h in (1e-4, -1e-4))
+        near((ahead - behind) / 2e-4, gradients[0], 1e-6)
+
+
+def test_e09_target():
+    """Reads the target ∇log p_t(x_t), which nobody knows; what Algorithm 3 can use is −ε/σ_t, a draw around it.
+
+    Pointwise the two differ, in the square by half of what the score itself is large; on average given x_t they are equal. So
+    our DSM is 0 for a network that says −ε/σ_t, and not for one that says the right score.
+    """
+    x, p, marginal, spread, *_ = law_on_grids()
+    var = ABAR[AT] * LAW_STDS**2 + 1 - ABAR[AT]
+    each = LAW_WEIGHTS * normal_density(x[:, None], math.sqrt(ABAR[AT]) * LAW_MEANS, var)
+    exact = -(each * (x[:, None] - math.sqrt(ABAR[AT]) * LAW_MEANS) / var).sum(1) / each.sum(1)
+    inner = np.abs(x) < 3
+    near(marginal[inner], exact[inner], 1e-6)  # E[−ε/σ | x_t] by Bayes is ∇log p_t
+    assert (p * spread).sum() > 0.4 * (p * marginal**2).sum()
+    x0, eps, weights = law_by_nodes()
+    target = -eps / math.sqrt(1 - ABAR[AT])
+    assert dsm(Denoiser(says(target), SHORT, "score"), x0, AT, eps).item() < 1e-24
+
+    def right(x):
+        each = LAW_WEIGHTS * normal_density(x, math.sqrt(ABAR[AT]) * LAW_MEANS, var)
+        return (-(each * (x - math.sqrt(ABAR[AT]) * LAW_MEANS) / var).sum(1) / each.sum(1))[:, None]
+
+    near(mean_dsm(right), (p * spread).sum(), 1e-7)
+
+
+@pytest.mark.parametrize("kind, minimiser", [("normal", -1.0), ("signs", -1.0), ("length one", -1 / 3)])
+def test_e16_which_directions(kind, minimiser):
+    """Reads ½‖s‖² for any p_v; E vvᵀ = I is needed. With ‖v‖ = 1 the minimiser for N(0, I) is −x/d. On average over x, v.
+
+    Of s = a·x in d = 3, by quadrature. With ½(vᵀs)² in its place the minimiser is −x for all three.
+    """
+    d, (nodes, weights) = 3, np.polynomial.hermite_e.hermegauss(3)
+    grid = torch.from_numpy(np.stack(np.meshgrid(*[nodes] * d, indexing="ij"), -1).reshape(-1, d))
+    mass = torch.from_numpy(np.prod(np.stack(np.meshgrid(*[weights / weights.sum()] * d), -1).reshape(-1, d), 1))
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * d)
+    v, of_v = {
+        "normal": (grid, mass),
+        "signs": (signs, torch.full((8,), 1 / 8).double()),
+        "length one": (signs / math.sqrt(3), torch.full((8,), 1 / 8).double()),
+    }[kind]
+    second = torch.einsum("n,ni,nj->ij", of_v, v, v)
+    near(second, np.eye(d) * (1 / 3 if kind == "length one" else 1))
+    x, v, weight = grid.repeat_interleave(len(v), 0), v.repeat(len(grid), 1), (mass[:, None] * of_v).flatten()
+    for reduced, expected in ((True, minimiser), (False, -1.0)):
+        values = []
+        for a in (-1.0, 0.0, 1.0):  # the loss is a parabola in a
+            network = Denoiser(lambda xt, t, a=a: a * xt, SHORT, "score")
+            values.append(ssm(network, x, 0, 0 * x, v, len(x) * weight, reduced=reduced).item())
+        low, zero, high = values
+        near(-(high - low) / 2 / (high - 2 * zero + low), expected)
+
+
+def test_e26_up_to_a_constant():
+    """Reads ⇔ between ½E‖s − ∇log p‖² and E[tr ∇s + ½‖s‖²]; they differ by ½E‖∇log p‖². At each s, on average over x."""
+    x = np.linspace(-6, 6, 4001)
+    p = (LAW_WEIGHTS * normal_density(x[:, None], LAW_MEANS, LAW_STDS**2)).sum(1)
+    slope = -(
+        LAW_WEIGHTS * normal_density(x[:, None], LAW_MEANS, LAW_STDS**2) * (x[:, None] - LAW_MEANS) / LAW_STDS**2
+    ).sum(1)
+    fisher = 0.5 * np.trapezoid(slope**2 / p, x)
+    weight = torch.from_numpy(len(x) * p * (x[1] - x[0]))
+    for a, b in ((1.0, 0.5), (-2.0, 1.0), (0.0, 3.0)):
+        explicit = 0.5 * np.trapezoid(p * (a * np.sin(b * x) - x - slope / p) ** 2, x)
+        d = Denoiser(lambda xt, t, a=a, b=b: a * torch.sin(b * xt) - xt, SHORT, "score")
+        implicit = esm(d, column(*x), 0, 0 * column(*x), weight).item()
+        near(explicit - implicit, fisher, 1e-7)
+        assert fisher > 1
+
+
+def test_e26_boundary():
+    """Reads ⇔ without conditions; p·s must vanish at the edge. For uniform data on [−1, 1] the two have other minimisers.
+
+    ∇log p = 0 inside, so that s = 0 is best; of s = a·x the trace form finds a = −1/E x² = −3, the score of a normal law.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(5)
+    x, weight = column(*nodes), torch.from_numpy(5 * weights / 2)
+    values = [
+        esm(Denoiser(lambda xt, t, a=a: a * xt, SHORT, "score"), x, 0, 0 * x, weight).item() for a in (-1.0, 0.0, 1.0)
+    ]
+    low, zero, high = values
+    near(-(high - low) / 2 / (high - 2 * zero + low), -3.0)
+
+
+def test_e26_noised_data():
+    """Reads DSM as a way to the score of the data; it learns that of the noised density. Of the minimiser.
+
+    Data N(0.5, 0.3), s = a·x + b: DSM at t finds −(x − √ᾱ·0.5)/(ᾱ·0.3 + 1 − ᾱ), ESM without noise −(x − 0.5)/0.3. In the
+    limit of no noise the two agree; and there the variance of DSM's target, 1/σ_t², has no bound.
+    """
+    m, s2 = 0.5, 0.3
+    nodes, weights = np.polynomial.hermite_e.hermegauss(4)
+    z1, z2 = (column(*part.ravel()) for part in np.meshgrid(nodes, nodes, indexing="ij"))
+    weight = 16 * torch.from_numpy(np.outer(weights, weights).ravel() / weights.sum() ** 2)
+
+    def minimiser(loss, t):
+        theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        d = Denoiser(lambda xt, t: theta[0] * xt + theta[1], LONG, "score")
+        value = loss(d, m + math.sqrt(s2) * z1, t, z2, weight)
+        (first,) = torch.autograd.grad(value, theta, create_graph=True)
+        hessian = torch.stack([torch.autograd.grad(part, theta, retain_graph=True)[0] for part in first])
+        return -torch.linalg.solve(hessian, first.detach())
+
+    for t in (1, 100, 500):
+        var = ABAR_LONG[t] * s2 + 1 - ABAR_LONG[t]
+        expected = [-1 / var, math.sqrt(ABAR_LONG[t]) * m / var]
+        near(minimiser(dsm, t), expected, 1e-8)
+        near(minimiser(esm, t), expected, 1e-8)
+        assert abs(expected[0] + 1 / s2) > (0.5 if t > 1 else 1e-4)
+    near(minimiser(esm, 0), [-1 / s2, m / s2])
+    near(minimiser(dsm, 1), [-1 / s2, m / s2], 1e-3)
+    with pytest.raises(ValueError, match="score.*not finite"):
+        minimiser(dsm, 0)
+
+
+# E10: λ(t) ------------------------------------------------------------------------------------------------------------
+
+SPREAD = 0.25  # of data N(0, ¼); the network says s_θ = −0.7·x/Var(x_t), for x̂_0 and all else below
+
+
+def score_error(abar):
+    """E‖s_θ + ε/σ‖² = a²V + 2a + 1/σ², for a = −0.7/V and V = ᾱ/4 + 1 − ᾱ."""
+    var = abar * SPREAD + 1 - abar
+    return 0.49 / var - 1.4 / var + 1 / (1 - abar)
+
+
+def by_two_nodes():
+    """±½ for x_0 and ±1 for ε: exact for what is quadratic in them."""
+    x0, eps = (column(*part.ravel()) for part in np.meshgrid([-0.5, 0.5], [-1.0, 1.0]))
+    return x0, eps
+
+
+def chain_terms(steps, variance):
+    """E L_0, …, E L_{T−1} by our kernel; t in place of t − 1."""
+    path, (x0, eps), terms = DiscretePath(linear_betas(steps)), by_two_nodes(), []
+    abar = path.alpha_bars.tolist()
+    for t in range(1, steps + 1):
+        xt = math.sqrt(abar[t]) * x0 + math.sqrt(1 - abar[t]) * eps
+        score = -0.7 * xt / (abar[t] * SPREAD + 1 - abar[t])
+        x0_hat = (xt + (1 - abar[t]) * score) / math.sqrt(abar[t])
+        terms.append(bound_term(says(x0_hat), path, x0, xt, t - 1, t, variance=variance).mean().item())
+    return np.array([np.nan, *terms])
+
+
+def vp_abar(t):
+    return np.exp(-0.1 * t - 9.95 * t**2)
+
+
+def test_e10_half_of_the_integral():
+    """Reads that λ = g² makes the loss equal to DDPM's; Σ L_{t−1} over t/T ≥ ε tends to HALF of ∫ g²E‖·‖². In a limit.
+
+    Half for the slide's loss without ½; our DSM has it, and needs no factor. With Σ_θ = β̃ each term is its θ-dependent part, and
+    the ratio is 0.561, 0.528, 0.514, 0.507 at T = 100 … 800: its error halves as T doubles.
+    """
+    whole, _ = scipy.integrate.quad(lambda t: (0.1 + 19.9 * t) * score_error(vp_abar(t)), 0.1, 1)
+    off = []
+    for steps in (100, 200, 400, 800):
+        off.append(chain_terms(steps, "posterior")[steps // 10 + 1 :].sum() / whole - 0.5)
+    assert 0.05 < off[0] < 0.07 and 0 < off[3] < 0.008
+    for first, second in zip(off[:-1], off[1:], strict=True):
+        assert abs(math.log2(first / second) - 1) < 0.2
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    t, (x0, eps), total = 0.55 + 0.45 * nodes, by_two_nodes(), 0.0
+    d = Denoiser(
+        lambda xt, t: -0.7 * xt / VP().alpha(t.double()).square().mul(SPREAD - 1).add(1)[:, None], VP(), "score"
+    )
+    for time, weight in zip(t.tolist(), 0.45 * weights, strict=True):
+        g2 = VP().diffusion2(time).expand(4)
+        total += weight * dsm(d, x0, time, eps, g2).item()
+    near(total, whole / 2, 1e-6)  # the network sees its time in float32
+
+
+def test_e10_whole_sum():
+    """Reads an equality for all t; the sum over t > 1 grows by ½·log 2 with every doubling of T, for each value of a sample.
+
+    What grows has no θ: it is there for the right score too. L_0, the log of a density of deviation √β_1, falls by as much,
+    and the whole bound tends to a number. In a limit.
+    """
+    sums, lasts = [], []
+    for steps in (100, 200, 400, 800):
+        terms = chain_terms(steps, "beta")
+        sums.append(terms[2:].sum())
+        lasts.append(terms[1])
+    growth = np.diff(sums)
+    assert abs(growth[-1] - 0.5 * math.log(2)) < 0.02
+    near(np.diff(lasts), [-0.5 * math.log(2)] * 3, 0.01)
+    together = np.abs(np.diff(np.add(sums, lasts)))
+    assert together[-1] < 0.02 and (together[1:] < 0.6 * together[:-1]).all()
+    ideal = []
+    for steps in (400, 800):  # with the right score E‖·‖² is tr Cov = 1/σ² − 1/V
+        beta, abar, tilde = (part[2:] for part in table(np.linspace(0.1, 20, steps) / steps))
+        constant = 0.5 * (tilde / beta - 1 - np.log(tilde / beta))
+        hidden = 1 / (1 - abar) - 1 / (abar * SPREAD + 1 - abar)
+        ideal.append((beta / (2 * (1 - beta)) * hidden + constant).sum())
+    assert abs(ideal[1] - ideal[0] - 0.5 * math.log(2)) < 0.02
+
+
+@pytest.mark.parametrize("t", [1, 5, T])
+def test_e10_simple_is_the_variance(t, generator):
+    """Reads DDPM's loss for λ = g²; L_simple, what DDPM trains on, is λ = σ_t²: E‖ε − ε_θ‖². Pointwise, at every t.
+
+    λ = g² weighs ε's error by g²/σ²: on VP 13.7-fold at t = 0.1 as against 1-fold in L_simple.
+    """
+    x0, eps, eps_hat = torch.randn(3, 5, 3, generator=generator, dtype=torch.float64)
+    d = Denoiser(says(-eps_hat / math.sqrt(1 - ABAR[t])), SHORT, "score")
+    weight = torch.full((5,), 1 - ABAR[t], dtype=torch.float64)
+    near(2 * dsm(d, x0, t, eps, weight).item(), (eps - eps_hat).square().sum(1).mean().item())
+    near(2 / 3 * dsm(d, x0, t, eps, weight).item(), simple(Denoiser(says(eps_hat), SHORT, "eps"), x0, t, eps).item())
+    assert 2.09 / (1 - vp_abar(0.1)) == pytest.approx(VP().diffusion2(0.1).item() / VP().sigma(0.1).item() ** 2)
+    assert VP().diffusion2(0.1).item() / VP().sigma(0.1).item() ** 2 > 10
+
+
+# E18: from the chain to the SDE ---------------------------------------------------------------------------------------
+
+
+def test_e18_exactly_an_ornstein_uhlenbeck_process():
+    """Reads that the chain converges to the SDE; it is the SDE, seen at T times, with β(t) = −T·log(1 − β_t) on step t.
+
+    Pointwise and for every pair of times: mean factor e^{−B/2} and variance 1 − e^{−B} with B = ∫β, for T = 10 as for 1,000.
+    """
+    for path, beta, steps in ((SHORT, BETA, T), (LONG, BETA_LONG, 1000)):
+        rate = -steps * np.log1p(-beta)
+        for s, t in ((0, 1), (0, steps), (steps // 5, steps // 2), (steps - 1, steps)):
+            integral = rate[s + 1 : t + 1].sum() / steps
+            keep, var = path.transition(s, t)
+            near([keep.item(), var.item()], [math.exp(-integral / 2), -math.expm1(-integral)])
+
+
+def test_e18_what_is_approximate():
+    """Reads β(t) with no word on its size: β_t = β(t/T)/T is needed, and then β(t) ≈ Tβ_t, in a limit.
+
+    log ᾱ_T differs from −Σβ_t by 0.068 at T = 1,000, and by a tenth at 10,000. With β_t itself for β(t/T), all signal is
+    gone after any share of the way as T grows.
+    """
+    gaps = []
+    for steps in (100, 1000, 10_000):
+        betas = np.linspace(0.1, 20, steps) / steps
+        chain, vp = DiscretePath(linear_betas(steps)), VP()
+        gaps.append((vp.alpha(1).log() - chain.alpha(steps).log()).item() * 2)
+        near(gaps[-1], -np.log1p(-betas).sum() - betas.sum(), 1e-8)
+    assert gaps[1] == pytest.approx(0.068, abs=5e-4)
+    assert gaps[0] / gaps[1] == pytest.approx(10, rel=0.15) and gaps[1] / gaps[2] == pytest.approx(10, rel=0.02)
+    left = [np.prod(1 - np.linspace(1e-4, 0.02, steps)[: steps // 2]) for steps in (100, 1000, 10_000)]
+    assert left[0] > 0.7 and left[1] < 0.1 and left[2] < 1e-10
+
+
+def kernel_gap(steps, share, xt):
+    """KL of q(x_{t−1}|x_t) from the normal law of its mean and variance, for data ±1 at t = share·T; and Var/β_t. On a grid."""
+    beta, abar, _ = table(np.linspace(0.1, 20, steps) / steps)
+    t = round(share * steps)
+    x = xt + np.linspace(-14, 14, 20_001) * math.sqrt(beta[t])
+    signal, var = math.sqrt(abar[t - 1]), 1 - abar[t - 1]
+    away = np.stack([-0.5 * (x - sign * signal) ** 2 / var for sign in (-1, 1)])
+    log_p = np.logaddexp(*away) - 0.5 * (xt - math.sqrt(1 - beta[t]) * x) ** 2 / beta[t]
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    mean = (p * x).sum()
+    spread = (p * (x - mean) ** 2).sum()
+    log_q = -0.5 * (x - mean) ** 2 / spread
+    log_q -= np.log(np.exp(log_q).sum())
+    return (p * (np.log(p + 1e-300) - log_q)).sum(), spread / beta[t]
+
+
+def test_e18_reverse_kernel():
+    """Reads the two as equivalent; the normal reverse kernel holds in the limit of many steps, at a fixed t/T only.
+
+    Data ±1 at t = 0.3·T: the divergence from a normal law falls like T⁻³ (T⁻⁴ where the law is symmetric) and Var/β_t → 1. At a
+    fixed t it does not fall: x_0 given x_1 is one of two points, whatever T.
+    """
+    for xt, order in ((0.3, 3), (0.0, 4)):
+        gaps = [kernel_gap(steps, 0.3, xt) for steps in (50, 100, 200, 400)]
+        assert gaps[0][0] > 1e-5
+        for (first, wide), (second, narrow) in zip(gaps[:-1], gaps[1:], strict=True):
+            assert abs(math.log2(first / second) - order) < 0.5
+            assert abs(math.log2((wide - 1) / (narrow - 1)) - 1) < 0.15
+        assert gaps[-1][1] == pytest.approx(1, abs=0.01)
+    early = [kernel_gap(steps, 10 / steps, 0.0) for steps in (100, 1000, 10_000)]  # t = 10 always
+    assert all(gap > 0.05 and wide > 2 for gap, wide in early)
+
+
+# E23, E24: the corrector and the reverse SDE --------------------------------------------------------------------------
+
+BUMPS = GaussianMixture(column(-1.0, 0.8), [0.2, 0.1], [0.4, 0.6])
+
+
+def moved(x, p, step, sign=1.0, t=200):
+    """The density on the grid x after one step x ← x ± δ∇log p_t + √(2δ)z from the density p, as a sum over the grid."""
+    centre = langevin_step(column(*x), BUMPS.score(column(*x), LONG, t), step, 0 * column(*x))[:, 0].numpy()
+    noise = langevin_step(column(0.0), column(0.0), step, column(1.0)).item()
+    return normal_density(x[:, None], x + sign * (centre - x), noise**2) @ p * (x[1] - x[0])
+
+
+def test_e23_step_of_the_corrector():
+    """Reads x + sΔt + √(2Δt)ε with the predictor's Δt, which is negative: √ of it is no number. δ > 0 at fixed t holds.
+
+    One step of δ > 0 moves p_t by O(δ²), in a limit, at one t; with the drift's sign turned it moves by O(δ), downhill, and
+    goes on: for N(0, 1) the variance grows (1 + δ)² in each step.
+    """
+    dt = -1 / 1000
+    assert math.isnan(torch.tensor(2 * dt).sqrt().item())
+    with pytest.raises(ValueError, match=r"^step must be positive; got -0\.001"):
+        langevin_step(column(0.3), column(0.3), dt, column(0.1))
+    x = np.linspace(-6, 6, 1201)
+    p = BUMPS.log_prob(column(*x), LONG, 200).exp().numpy()
+    changes = {
+        sign: [np.trapezoid(np.abs(moved(x, p, step, sign) - p), x) for step in (0.04, 0.02, 0.01)] for sign in (1, -1)
+    }
+    for sign, order in ((1, 2), (-1, 1)):
+        for first, second in zip(changes[sign][:-1], changes[sign][1:], strict=True):
+            assert abs(math.log2(first / second) - order) < 0.25
+    assert changes[1][-1] < 0.02 * changes[-1][-1]
+    right = wrong = 1.0  # variances, from N(0, 1) by the kernel's own two numbers, whose score is −x
+    keep = langevin_step(column(1.0), column(-1.0), 0.02, column(0.0)).item()
+    noise = langevin_step(column(0.0), column(0.0), 0.02, column(1.0)).item()
+    near([keep, noise**2], [0.98, 0.04])
+    for _ in range(200):
+        right, wrong = keep**2 * right + noise**2, (2 - keep) ** 2 * wrong + noise**2
+    assert right == pytest.approx(1 / (1 - 0.01), rel=1e-3) and wrong > 1000
+
+
+def test_e23_fixed_time():
+    """Reads x_{t+1} for the corrected state; it belongs to the same t, t + 1 counts iterations. In the limit of many steps.
+
+    From a wrong density, 1,000 steps at one t come to p_t of that t, not of the next: on grids, δ = 0.01.
+    """
+    x = np.linspace(-6, 6, 601)
+    p = normal_density(x, 1.5, 0.5)
+    p = np.linalg.matrix_power(moved(x, np.eye(len(x)), 0.01), 1000) @ p
+    here, elsewhere = (BUMPS.log_prob(column(*x), LONG, t).exp().numpy() for t in (200, 150))
+    assert np.trapezoid(np.abs(p - here), x) < 0.02 < 0.05 < np.trapezoid(np.abs(p - elsewhere), x)
+
+
+def test_e23_size_of_the_step():
+    """Reads one Δt for both; |Δt| = 1/T is too long a step near the data, where σ² is small, for any T: it needs δ < 2σ².
+
+    Of N(0, σ_t²), of point data: x shrinks by 1 − δ/σ², which is below −1 at t = 1 of the linear chain for T = 100 and 1,000.
+    """
+    for steps in (100, 1000):
+        path = DiscretePath(linear_betas(steps))
+        var = path.sigma(1).item() ** 2
+        near(var, 0.1 / steps)
+        shrunk = langevin_step(column(1.0), column(-1 / var), 1 / steps, column(0.0)).item()
+        near(shrunk, -9.0)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_e24_drift_is_a_rate(t):
+    """Reads drift "as mean", diffusion "as deviation", dw as "derivative"; each is a rate or an increment. In a limit.
+
+    E[x_{t+h} − x_t | x_t] = f x h + O(h²) and its variance is g²h + O(h²), so that (x_{t+h} − x_t)/h has a variance without bound.
+    """
+    beta = 0.1 + 19.9 * t
+    for h in (1e-2, 1e-4, 1e-6):
+        keep, var = VP().transition(t, t + h)
+        assert (keep.item() - 1) / h == pytest.approx(-beta / 2, rel=20 * h + 1e-6)
+        assert var.item() / h == pytest.approx(beta, rel=20 * h + 1e-6)
+        assert var.item() / h**2 > 0.8 * beta / h
+    near(VP().drift(t), -beta / 2)
+    near(VP().diffusion2(t), beta)
+    x0, eps, step = column(*[1.3] * 80), column(*[0.4] * 80), 1e-5
+    xt = VP().perturb(x0, t, eps)
+    (after,) = forward_euler_maruyama(VP(), xt, [t, t + step], generator=torch.Generator().manual_seed(0))
+    assert (after - xt * (1 - beta / 2 * step)).var().item() == pytest.approx(beta * step, rel=0.6)
+
+
+@pytest.mark.parametrize("t", [3, 6, T])
+def test_e24_noise_seen_from_the_future(t):
+    """Reads dw in the reverse SDE; it is dw̄. The forward noise is independent of the past, not of x_t. On average given x_t.
+
+    E[z | x_t] = −√β_t·∇log p_t(x_t) for x_t = √(1−β_t)x_{t−1} + √β_t z, by Bayes on a grid: what dw̄ leaves out is the score.
+    Its variance is 1 + β_t∇²log p_t, and 1 in the limit of small steps.
+    """
+    z = np.linspace(-9, 9, 4001)
+    for xt in (-1.2, 0.1, 0.9):
+        before = (xt - math.sqrt(BETA[t]) * z) / math.sqrt(1 - BETA[t])
+        joint = np.exp(BUMPS.log_prob(column(*before), SHORT, t - 1).numpy() - z**2 / 2)
+        mean = (joint * z).sum() / joint.sum()
+        near(mean, -math.sqrt(BETA[t]) * BUMPS.score(column(xt), SHORT, t).item(), 1e-8)
+        at = column(xt).requires_grad_()
+        (curve,) = torch.autograd.grad(BUMPS.score(at, SHORT, t).sum(), at)
+        var = (joint * (z - mean) ** 2).sum() / joint.sum()
+        near(var, 1 + BETA[t] * curve.item(), 1e-8)
+
+
+def test_e24_direction_of_time():
+    """Reads no sign for dt; dt < 0. A step back gives N(αm, V) of the earlier time up to O(h²); with dt > 0 it is off by 2g²h.
+
+    Of the variance of normal data N(0, ¼), in a limit; by the two numbers of our step.
+    """
+
+    def var_at(t):
+        return vp_abar(t) * SPREAD + 1 - vp_abar(t)
+
+    t, errors = 0.4, []
+    f, g2 = -(0.1 + 19.9 * t) / 2, 0.1 + 19.9 * t
+    for h in (0.004, 0.002, 0.001):
+        x0_hat = math.sqrt(vp_abar(t)) * SPREAD / var_at(t)  # of x_t = 1
+        still, drawn = (
+            euler_maruyama_step(VP(), column(1.0), column(x0_hat), t, t - h, noise=column(z)).item() for z in (0.0, 1.0)
+        )
+        errors.append(abs(still**2 * var_at(t) + (drawn - still) ** 2 - var_at(t - h)))
+        ahead = (1 + (f + g2 / var_at(t)) * h) ** 2 * var_at(t) + g2 * h  # the slide's line with dt = +h
+        assert ahead - var_at(t + h) == pytest.approx(2 * g2 * h, rel=60 * h)
+    for first, second in zip(errors[:-1], errors[1:], strict=True):
+        assert abs(math.log2(first / second) - 2) < 0.2
 
 
 # E32: what is easier to learn -----------------------------------------------------------------------------------------

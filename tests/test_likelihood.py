@@ -1,16 +1,18 @@
-"""The bound against closed forms for linear denoisers, against p_θ(x_0) by quadrature, and as one log ratio of walks."""
+"""The bound against closed forms, quadrature and whole walks; the ODE's density against mixtures, scipy and integrals."""
 
 import math
 
 import numpy as np
 import pytest
+import scipy.integrate
 import torch
-from oracles import CHAIN_BETAS, MEANS, STDS, WEIGHTS, forward_kernel, known, mixture_mean, mp, path_of
+from oracles import CHAIN_BETAS, MEANS, STDS, WEIGHTS, forward_kernel, known, known_rates, mixture_mean, mp, path_of
 from scipy import stats
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from dgm_course.likelihood import bits_per_dim, bound, prior_term
+from dgm_course.likelihood import bits_per_dim, bound, ode_log_prob, prior_term
 from dgm_course.paths import VP, Cosine, DiscretePath, Straight
+from dgm_course.toy import GaussianMixture
 
 GRIDS = {
     "chain": [range(20, -1, -1), [20, 13, 6, 1, 0]],
@@ -264,6 +266,269 @@ def test_bins_change_the_last_term_only(generator):
     )
     assert torch.equal(with_bins[:-1], without[:-1])
     close(with_bins[-1], without[-1] - 6 * math.log(2 / 255), 1e-4)
+
+
+# The density of the ODE -----------------------------------------------------------------------------------------------
+
+LINE = GaussianMixture(torch.tensor([[-1.5], [0.3], [2.0]]).double(), [0.16, 0.0625, 0.25], [0.3, 0.5, 0.2])
+PLANE = GaussianMixture(
+    torch.tensor([[-1.5, 0.0], [1.0, 1.0], [0.5, -1.2]]).double(),
+    torch.tensor([[[0.1, 0.05], [0.05, 0.2]], [[0.1, 0.0], [0.0, 0.1]], [[0.3, -0.1], [-0.1, 0.1]]]).double(),
+    [0.3, 0.3, 0.4],
+)
+both_mixtures = pytest.mark.parametrize("law", [LINE, PLANE], ids=["line", "plane"])
+flow_paths = pytest.mark.parametrize("name", ["VP", "SubVP", "VE", "Cosine", "Straight"])
+
+
+def typed_log_density(law, name, t, x):
+    """log Σ w_k N(x; α m_k, α² C_k + σ² I) by torch's normal law and the closed forms of α and σ."""
+    alpha, sigma = known(name, t)
+    covs = torch.einsum("kde,ke,kfe->kdf", law._axes, law._spread, law._axes)
+    covs = alpha**2 * covs + sigma**2 * torch.eye(x.shape[1], dtype=torch.float64)
+    each = MultivariateNormal(alpha * law.means, covs).log_prob(x[:, None])
+    return (law.weights.log() + each).logsumexp(1)
+
+
+def down(start, stop, steps):
+    return torch.linspace(start, stop, steps + 1, dtype=torch.float64)
+
+
+@both_mixtures
+@flow_paths
+def test_exact_denoiser_gives_the_exact_density(law, name, generator):
+    """With the ideal denoiser and log p_1 as prior it is log p_ε, to 1e-4 on the grid that is the default.
+
+    On VE, whose noise grows 5,000-fold, the default grid is coarser for its task: 3e-4.
+    """
+    x = law.sample(20, generator)
+    found = ode_log_prob(
+        law.denoiser(path_of(name)), path_of(name), x, prior_log_prob=lambda z: typed_log_density(law, name, 1.0, z)
+    )
+    close(found, typed_log_density(law, name, 1e-5, x), 3e-4 if name == "VE" else 1e-4)
+
+
+@both_mixtures
+@flow_paths
+def test_finer_grid_of_the_density(law, name, generator):
+    """Between two inner times 50 steps give 1e-7."""
+    x, (late, early) = law.sample(10, generator), (0.5, 0.3)
+    found = ode_log_prob(
+        law.denoiser(path_of(name)), path_of(name), x, down(late, early, 50),
+        prior_log_prob=lambda z: typed_log_density(law, name, late, z),
+    )  # fmt: skip
+    close(found, typed_log_density(law, name, early, x), 1e-7)
+
+
+@pytest.mark.parametrize("name", ["VP", "Cosine", "VE narrow"])
+def test_order_of_the_density(name, generator):
+    """Half the step, a sixteenth of the error: order 4 in two halvings, within 0.3."""
+    x, errors = LINE.sample(30, generator), []
+    for steps in (16, 32, 64):
+        found = ode_log_prob(
+            LINE.denoiser(path_of(name)), path_of(name), x, down(0.8, 0.2, steps),
+            prior_log_prob=lambda z: typed_log_density(LINE, name, 0.8, z),
+        )  # fmt: skip
+        errors.append((found - typed_log_density(LINE, name, 0.2, x)).abs().mean().item())
+    assert errors[-1] > 1e-12  # far above rounding
+    for first, second in zip(errors[:-1], errors[1:], strict=True):
+        assert abs(math.log2(first / second) - 4) < 0.3, errors
+
+
+@pytest.mark.parametrize("name, late", [("VP", 0.5), ("SubVP", 0.4), ("Cosine", 0.7), ("Straight", 0.8)])
+def test_what_the_normal_prior_adds(name, late, generator):
+    """Taking N(0, I) for p_1 adds log N(x_1; 0, I) − log p_1(x_1) at the exact end point x_1, here for normal data.
+
+    The ODE carries N(αm, V) to N(αm, V) by x_1 = α_1m + √(V_1/V_ε)(x − α_εm), value by value.
+    """
+    m, spread = torch.tensor([0.6, -1.0]).double(), torch.tensor([0.25, 1.7]).double()
+    law = GaussianMixture(m[None], spread.diag()[None])
+    early = 0.1
+    (alpha, sigma), (alpha_1, sigma_1) = known(name, early), known(name, late)
+    var, var_1 = alpha**2 * spread + sigma**2, alpha_1**2 * spread + sigma_1**2
+    x = normals(6, 2, generator=generator)
+    end = alpha_1 * m + (var_1 / var).sqrt() * (x - alpha * m)
+    added = (Normal(0.0, 1.0).log_prob(end) - Normal(alpha_1 * m, var_1.sqrt()).log_prob(end)).sum(1)
+    exact = Normal(alpha * m, var.sqrt()).log_prob(x).sum(1)
+    found = ode_log_prob(law.denoiser(path_of(name)), path_of(name), x, down(late, early, 60))
+    assert added.abs().max() > 0.1
+    close(found, exact + added, 1e-7)
+
+
+def guess(xt, t):
+    """A denoiser that is wrong for any data: of its own law the density is asked for."""
+    return torch.tanh(2 * xt) + 0.3 * torch.cos(3 * xt) * t
+
+
+@pytest.mark.parametrize("name", ["VP", "Cosine", "Straight"])
+@pytest.mark.parametrize("denoiser", [guess, None], ids=["wrong", "ideal"])
+def test_density_integrates_to_one(name, denoiser):
+    """Whatever the denoiser, over a grid of x the density of its ODE has mass 1."""
+    x = torch.linspace(-5, 5, 801, dtype=torch.float64)[:, None]
+    d = denoiser or LINE.denoiser(path_of(name))
+    density = ode_log_prob(d, path_of(name), x, down(0.95, 0.1, 40)).exp()
+    assert density[[0, -1]].max() < 1e-6
+    assert torch.trapezoid(density, x[:, 0]).item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Cosine", "VE narrow"])
+def test_density_is_a_change_of_variables(name):
+    """log N(x_1) + log |dx_1/dx| for a wrong denoiser: the end points by scipy, their slope by central differences."""
+    x, h, closed = np.array([-1.3, -0.2, 0.4, 1.1]), 1e-4, {}
+
+    def velocity(t, x):
+        if t not in closed:
+            closed[t] = (*known(name, t), *known_rates(name, t))
+        alpha, sigma, alpha_rate, sigma_rate = closed[t]
+        x0 = guess(torch.from_numpy(x), t).numpy()
+        return alpha_rate * x0 + sigma_rate * (x - alpha * x0) / sigma
+
+    starts = np.concatenate([x, x - h, x + h])
+    ends = scipy.integrate.solve_ivp(velocity, (0.2, 0.9), starts, method="DOP853", rtol=1e-12, atol=1e-12).y[:, -1]
+    slope = (ends[8:] - ends[4:8]) / (2 * h)
+    found = ode_log_prob(guess, path_of(name), torch.from_numpy(x)[:, None], down(0.9, 0.2, 80))
+    close(found, stats.norm.logpdf(ends[:4]) + np.log(slope), 1e-6)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_hutchinson_is_unbiased(dim, generator):
+    """One probe sees Σ_ij s_i s_j J_ij: a value for each of the 2^(D−1) patterns of s_i·s_j, with the exact one as mean.
+
+    Many copies of a point meet every pattern. That there are no other values shows that a probe is drawn once, and that
+    all its entries are ±1.
+    """
+    mix = normals(dim, dim, generator=generator)
+
+    def d(xt, t):
+        return torch.tanh(xt @ mix)
+
+    x, times = normals(1, dim, generator=generator), down(0.9, 0.1, 5)
+    exact = ode_log_prob(d, Cosine(), x, times)
+    found = ode_log_prob(d, Cosine(), x.expand(200, dim), times, probes=1, generator=generator)
+    values = (found * 1e9).round().unique() / 1e9
+    assert len(values) == 2 ** (dim - 1)
+    close(values.mean(), exact[0], 1e-8)
+    assert values.std() > 0.05
+
+
+def test_variance_of_hutchinson(generator):
+    """In the plane a probe adds ±b, so that n independent ones add b times a mean of n signs: variance b²/n, exactly known."""
+    mix = normals(2, 2, generator=generator)
+
+    def d(xt, t):
+        return torch.tanh(xt @ mix)
+
+    x, times = normals(1, 2, generator=generator).expand(3000, 2), down(0.9, 0.1, 2)
+    exact = ode_log_prob(d, Cosine(), x[:1], times)
+    b = (ode_log_prob(d, Cosine(), x[:1], times, probes=1, generator=generator) - exact).abs().item()
+    for probes in (4, 16):
+        off = ode_log_prob(d, Cosine(), x, times, probes=probes, generator=generator) - exact
+        square = off.square()
+        assert abs(square.mean().item() - b**2 / probes) < 5 * square.std().item() / math.sqrt(3000)
+        assert abs(off.mean().item()) < 5 * b / math.sqrt(3000 * probes)
+
+
+def test_density_of_images(generator):
+    """(B, 1, 4, 4) is the same as (B, 16); four evaluations a step; no gradient is kept; the data stay as they were."""
+    x = normals(3, 1, 4, 4, generator=generator)
+    x.requires_grad_()
+    mix, calls = normals(16, 16, generator=generator) / 4, []
+    mix.requires_grad_()
+
+    def d(xt, t):
+        calls.append(t)
+        return torch.tanh(xt.flatten(1) @ mix).reshape(xt.shape)
+
+    times = down(0.9, 0.1, 4)
+    for probes in (None, 2):
+        runs = []
+        for data in (x, x.flatten(1)):
+            calls.clear()
+            g = torch.Generator().manual_seed(1)
+            runs.append(ode_log_prob(d, Cosine(), data, times, probes=probes, generator=g))
+            assert runs[-1].shape == (3,) and not runs[-1].requires_grad
+            close(torch.tensor(calls), [0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5, 0.6, 0.6, 0.7, 0.7, 0.8, 0.8, 0.9])
+        close(*runs)
+    assert x.grad is None and mix.grad is None
+
+
+def test_density_adds_over_independent_values(generator):
+    """Four values that do not meet have four densities, added up."""
+    x, times = normals(3, 4, generator=generator), down(0.9, 0.1, 5)
+    each = ode_log_prob(guess, Cosine(), x.reshape(-1, 1), times)
+    close(ode_log_prob(guess, Cosine(), x, times), each.reshape(3, 4).sum(1))
+    close(ode_log_prob(guess, Cosine(), x, times, probes=1), each.reshape(3, 4).sum(1))  # J is diagonal: no error
+
+
+def test_density_in_float32(generator):
+    """float32 data give float32 nats, within 1e-4 of float64, and a probe of the same type."""
+    x = PLANE.sample(10, generator)
+    wide, narrow = (
+        ode_log_prob(PLANE.denoiser(VP()), VP(), x.to(dtype), down(1.0, 0.05, 25)) for dtype in (x.dtype, torch.float32)
+    )
+    assert narrow.dtype == torch.float32 and wide.dtype == torch.float64
+    close(narrow.double(), wide, 1e-4)
+    assert ode_log_prob(guess, VP(), x.float(), [1.0, 0.5], probes=2).dtype == torch.float32
+
+
+def test_probes_come_from_the_generator():
+    """One seed, one result, whatever the global state, which is left; each probe and each sample has its own signs."""
+    x, mix = torch.zeros(64, 5, dtype=torch.float64), normals(5, 5, generator=torch.Generator().manual_seed(1))
+
+    def run(seed, probes=1):
+        g = torch.Generator().manual_seed(seed)
+        return ode_log_prob(lambda xt, t: torch.tanh(xt @ mix), Cosine(), x, [0.9, 0.5], probes=probes, generator=g)
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(run(1).round(decimals=9).unique()) > 10
+    assert (run(1, 2) - run(1)).abs().max() > 1e-3
+
+
+def test_start_of_the_density(generator):
+    """The prior is asked once, at x_1, and its nats are added; without it stands N(0, I), whatever the path."""
+    x, shown = normals(4, 3, generator=generator), []
+
+    def prior(z):
+        shown.append(z)
+        return torch.arange(4.0).double()
+
+    times = down(0.9, 0.1, 3)
+    with_prior = ode_log_prob(guess, Straight(), x, times, prior_log_prob=prior)
+    (end,) = shown
+    normal = Normal(torch.zeros_like(end), 1.0).log_prob(end).sum(1)
+    close(ode_log_prob(guess, Straight(), x, times), with_prior - torch.arange(4.0).double() + normal, 1e-12)
+
+
+def test_default_grid():
+    """Without times it runs over 100 steps from ε = 1e-5 to 1, squares of an even grid: 400 evaluations, short at first."""
+    calls = []
+    ode_log_prob(lambda xt, t: calls.append(t) or 0 * xt, Straight(), torch.zeros(1, 1, dtype=torch.float64))
+    edges = [1e-5 + (1 - 1e-5) * (k / 100) ** 2 for k in range(101)]
+    close(torch.tensor(calls[::4], dtype=torch.float64), edges[:-1], 1e-12)
+    close(torch.tensor(calls[3::4], dtype=torch.float64), edges[1:], 1e-12)
+    assert len(calls) == 400
+
+
+def test_arguments_of_the_density_are_checked():
+    """What does not fit raises and is named."""
+    x = torch.ones(4, 2)
+    cases = [
+        (ValueError, "^times must end in some ε > 0: .*; got 0 as the last$",
+         lambda: ode_log_prob(guess, Cosine(), x, [1.0, 0.5, 0.0])),
+        (ValueError, "^times must be strictly descending", lambda: ode_log_prob(guess, Cosine(), x, [0.1, 1.0])),
+        (ValueError, "^times must be strictly descending", lambda: ode_log_prob(guess, Cosine(), x, [1.0])),
+        (ValueError, r"^times must lie in \[0, 1\]", lambda: ode_log_prob(guess, Cosine(), x, [1.5, 0.1])),
+        *((ValueError, "^probes must be a whole number of at least 1, or None for the exact trace; got ",
+           lambda n=n: ode_log_prob(guess, Cosine(), x, [1.0, 0.1], probes=n)) for n in (0, -1, 1.5)),
+        (TypeError, "must be a floating-point tensor", lambda: ode_log_prob(guess, Cosine(), x.long(), [1.0, 0.1])),
+        (TypeError, "^path must be a GaussianPath; got str", lambda: ode_log_prob(guess, "Cosine", x, [1.0, 0.1])),
+        (ValueError, "SDE of VP", lambda: ode_log_prob(guess, path_of("chain"), x, [20, 10])),
+    ]  # fmt: skip
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
 
 
 # Bits -----------------------------------------------------------------------------------------------------------------

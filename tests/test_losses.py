@@ -1,4 +1,4 @@
-"""Losses against formulas typed by hand, torch's KL divergence and normal density, and normal integrals in 40 digits."""
+"""Losses against formulas typed by hand, quadrature, torch's KL divergence, and normal integrals in 40 digits."""
 
 import math
 
@@ -9,7 +9,7 @@ from oracles import PATHS, forward_kernel, known, known_rates, mp, path_of, time
 from torch.distributions import Normal, kl_divergence
 
 from dgm_course.denoisers import Denoiser
-from dgm_course.losses import bound_term, simple
+from dgm_course.losses import bound_term, dsm, esm, jacobian_trace, simple, ssm
 from dgm_course.paths import Cosine, DiscretePath, Straight
 from dgm_course.schedules import linear_betas
 
@@ -95,6 +95,456 @@ def test_simple_keeps_the_type(dtype):
     assert (
         simple(d, torch.ones(2, 3, dtype=dtype), torch.tensor([0.1, 0.2]), torch.ones(2, 3, dtype=dtype)).dtype == dtype
     )
+
+
+# Score matching -------------------------------------------------------------------------------------------------------
+# Expectations are sums: data and noise run over Gauss–Hermite nodes, whose weights are given as `weight`.
+
+HERMITE, HERMITE_WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(80))
+HERMITE_WEIGHTS = HERMITE_WEIGHTS / HERMITE_WEIGHTS.sum()
+MIXTURE = {"weights": np.array([0.3, 0.7]), "means": np.array([-1.1, 0.6]), "stds": np.array([0.5, 0.3])}
+POINTS = torch.tensor([[-1.0, 0.2], [0.7, 0.9], [0.4, -0.8]], dtype=torch.float64)
+
+
+def mean_of(function, parts):
+    """Σ w f over nodes: `weight` times the number of nodes, so that the mean over samples is the expectation."""
+    *nodes, weights = parts
+    return function(*nodes, weight=len(weights) * weights)
+
+
+def line_nodes():
+    """(x_0, ε, weights) of the 1-D mixture: two components, 80 nodes for x_0 and 80 for ε."""
+    k, i, j = (index.flatten() for index in torch.meshgrid(*map(torch.arange, (2, 80, 80)), indexing="ij"))
+    part, mean, std = (torch.from_numpy(MIXTURE[name])[k] for name in ("weights", "means", "stds"))
+    x0 = mean + std * HERMITE[i]
+    return x0[:, None], HERMITE[j][:, None], part * HERMITE_WEIGHTS[i] * HERMITE_WEIGHTS[j]
+
+
+def plane_nodes():
+    """(x_0, ε, weights) of three points in the plane and normal noise around them."""
+    k, i, j = (index.flatten() for index in torch.meshgrid(*map(torch.arange, (3, 80, 80)), indexing="ij"))
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)[k] * HERMITE_WEIGHTS[i] * HERMITE_WEIGHTS[j]
+    return POINTS[k], torch.stack([HERMITE[i], HERMITE[j]], 1), weights
+
+
+LAWS = {"line": (line_nodes, 1), "plane": (plane_nodes, 2)}
+both_laws = pytest.mark.parametrize("law", LAWS)
+some_paths = pytest.mark.parametrize("name", ["VP", "SubVP", "Cosine", "Straight"])
+HALFWAY = {"VP": 0.3, "SubVP": 0.4, "Cosine": 0.6, "Straight": 0.6}  # where the noise is wide enough for 80 nodes
+
+
+def marginal(law, name, t):
+    """p_t on a grid: points (N, D), weights p_t·(cell), ∇log p_t, and tr Cov(x_0 | x_t). In numpy, by Bayes."""
+    alpha, sigma = known(name, t)
+    if law == "line":
+        weights, means, variances = MIXTURE["weights"], MIXTURE["means"][:, None], MIXTURE["stds"] ** 2
+        x = np.linspace(-12, 12, 6001)[:, None]
+    else:
+        weights, means, variances = np.array([0.2, 0.3, 0.5]), POINTS.numpy(), np.zeros(3)
+        axis = np.linspace(-9, 9, 241)
+        x = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    dim, cell = x.shape[1], (x[1, -1] - x[0, -1]) ** x.shape[1]
+    total = alpha**2 * variances + sigma**2  # of x_t in a component
+    away = x[:, None] - alpha * means
+    joint = weights * np.exp(-0.5 * (away**2).sum(2) / total) / (2 * math.pi * total) ** (dim / 2)
+    p = joint.sum(1)
+    share = joint / np.maximum(p, 1e-300)[:, None]
+    score = -(share[..., None] * away / total[:, None]).sum(1)
+    guess = means + (alpha * variances / total)[:, None] * away  # E[x_0 | x_t, component]
+    left = dim * variances * sigma**2 / total  # and the trace of its covariance
+    centre = (share[..., None] * guess).sum(1)
+    spread = (share * (left + (guess**2).sum(2))).sum(1) - (centre**2).sum(1)
+    return x, p * cell, score, spread
+
+
+class Small(torch.nn.Module):
+    """A smooth network with parameters: scale · tanh(W x + b) + c x."""
+
+    def __init__(self, dim, seed):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        shapes = {"outer": (dim, 4), "inner": (4, dim), "bias": (4,), "linear": (dim, dim)}
+        for key, shape in shapes.items():
+            value = 0.5 * torch.randn(*shape, generator=g, dtype=torch.float64)
+            setattr(self, key, torch.nn.Parameter(value))
+
+    def forward(self, xt, t=None):
+        return torch.tanh(xt @ self.inner.T + self.bias) @ self.outer.T + xt @ self.linear.T
+
+
+def gradient(value, net):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(net.parameters()))])
+
+
+def every_sign(dim):
+    """All 2^D vectors of ±1."""
+    return torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * dim).reshape(-1, dim)
+
+
+def over_directions(x0, eps, weights, v):
+    """Every node with every direction, equally likely."""
+    n = len(x0)
+    again = [part.repeat_interleave(len(v), 0) for part in (x0, eps, weights / len(v))]
+    return again[0], again[1], v.repeat(n, 1), again[2]
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 1, 2, 3), (1, 4)])
+@pytest.mark.parametrize("predicts", ["score", "eps", "x0", "v", "velocity"])
+def test_dsm_by_hand(shape, predicts, generator):
+    """½ Σ (s + ε/σ)², summed over values and averaged over samples with numpy, each sample at its own time."""
+    x0, eps = normals(*shape, generator=generator), normals(*shape, generator=generator)
+    times, total = [0.2, 0.5, 0.8][: shape[0]], 0.0
+    lam = [0.3, 2.0, 0.7][: shape[0]]
+    for i, t in enumerate(times):
+        alpha, sigma, a, e = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2), x0[i].numpy(), eps[i].numpy()
+        xt = alpha * a + sigma * e
+        said = np.sin(3 * xt) + np.float32(t)
+        score = {  # on this path α² + σ² = 1 and the velocity is π/2·v
+            "score": said,
+            "eps": -said / sigma,
+            "x0": (alpha * said - xt) / sigma**2,
+            "v": -xt - alpha / sigma * said,
+            "velocity": -xt - alpha / sigma * said * 2 / math.pi,
+        }[predicts]
+        total += lam[i] * 0.5 * ((score + e / sigma) ** 2).sum() / len(times)
+
+    def net(xt, t):
+        return torch.sin(3 * xt) + t.double().reshape(-1, *[1] * (xt.ndim - 1))
+
+    d, t = Denoiser(net, Cosine(), predicts), torch.tensor(times, dtype=torch.float64)
+    loss = dsm(d, x0, t, eps, torch.tensor(lam, dtype=torch.float64))
+    assert loss.shape == () and loss.dtype == torch.float64
+    close(loss, total)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_dsm_weighted_by_the_variance_is_simple(name, generator):
+    """With λ = σ² it is D/2 times the loss of a network that predicts the noise, whatever this one predicts."""
+    x0, eps, t = normals(4, 3, generator=generator), normals(4, 3, generator=generator), time_on(name, 0.6)
+    alpha, sigma = known(name, t)
+    weight, net = torch.full((4,), sigma**2, dtype=torch.float64), Small(3, 1)
+    for predicts in ["eps", "x0", "v", "score", "velocity"][: 4 if name == "chain" else 5]:  # a chain has no velocity
+        d = Denoiser(net, path_of(name), predicts)
+        eps_hat = (alpha * x0 + sigma * eps - alpha * d(alpha * x0 + sigma * eps, t)) / sigma
+        loss = dsm(d, x0, t, eps, weight)
+        close(loss, 0.5 * (eps - eps_hat).square().sum(1).mean(), 1e-8)
+        of_noise = Denoiser(lambda xt, t, said=eps_hat: said, path_of(name), "eps")
+        close(loss, 3 / 2 * simple(of_noise, x0, t, eps), 1e-8)
+
+
+@both_laws
+@some_paths
+def test_three_losses_of_one_score(law, name):
+    """DSM − ESM is D/2σ², and ½E‖s − ∇log p_t‖² lies ½E tr Cov(∇log p(x_t|x_0) | x_t) below DSM: for every θ.
+
+    The first number is ½E‖ε/σ‖². The second comes from Bayes on a grid. The gradients in θ of all four are equal.
+    """
+    make, dim = LAWS[law]
+    nodes, t = make(), HALFWAY[name]
+    (alpha, sigma), path = known(name, t), path_of(name)
+    x, p, score, spread = (torch.from_numpy(a) for a in marginal(law, name, t))
+    close(p.sum(), 1.0, 1e-9)
+    hidden = 0.5 * alpha**2 / sigma**4 * (p * spread).sum()
+    fisher = 0.5 * (p * score.square().sum(1)).sum()
+    close(dim / (2 * sigma**2) - fisher, hidden, 1e-8)  # the same number in two ways
+    for seed in range(3):
+        net = Small(dim, seed)
+        d = Denoiser(net, path, "score")
+        by_noise = mean_of(lambda x0, eps, weight, d=d: dsm(d, x0, t, eps, weight), nodes)
+        by_trace = mean_of(lambda x0, eps, weight, d=d: esm(d, x0, t, eps, weight), nodes)
+        explicit = 0.5 * (p * (net(x) - score).square().sum(1)).sum()
+        directed = over_directions(*nodes, every_sign(dim))
+        by_slices = [
+            mean_of(lambda x0, eps, v, weight, d=d, r=r: ssm(d, x0, t, eps, v, weight, reduced=r), directed)
+            for r in (True, False)
+        ]
+        close(by_noise - by_trace, dim / (2 * sigma**2), 1e-8)
+        close(by_noise - explicit, hidden, 1e-8)
+        slopes = [gradient(value, net) for value in (by_noise, by_trace, explicit, *by_slices)]
+        assert slopes[0].abs().max() > 0.05
+        for slope in slopes[1:]:
+            close(slope, slopes[0], 1e-8)
+        for value in by_slices:
+            close(value, by_trace, 1e-12)
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v", "velocity"])
+def test_score_matching_reads_any_network(predicts, generator):
+    """What the network predicts becomes the score before it is differentiated: x_t stands in the conversion too."""
+    alpha, sigma, t = 0.6, 0.4, 0.4  # of the straight path
+    x0, eps, v = (normals(5, 3, generator=generator) for _ in "abc")
+    net = Small(3, 2)
+
+    def score(xt):
+        said = net(xt)
+        return {
+            "eps": -said / sigma,
+            "x0": (alpha * said - xt) / sigma**2,
+            "v": -(sigma * xt + alpha * said) / (sigma * (alpha**2 + sigma**2)),
+            "velocity": -(xt + alpha * said) / sigma,  # u = ε − x_0, so that ε = x_t + αu
+        }[predicts]
+
+    xt = alpha * x0 + sigma * eps
+    jacobians = torch.func.vmap(torch.func.jacrev(score))(xt)
+    half = 0.5 * score(xt).square().sum(1)
+    d = Denoiser(net, Straight(), predicts)
+    close(esm(d, x0, t, eps), (torch.einsum("bii->b", jacobians) + half).mean())
+    along = torch.einsum("bi,bij,bj->b", v, jacobians, v)
+    close(ssm(d, x0, t, eps, v), (along + half).mean())
+    close(ssm(d, x0, t, eps, v, reduced=False), (along + 0.5 * (v * score(xt)).sum(1) ** 2).mean())
+
+
+@pytest.mark.parametrize("name", ["VP", "Cosine", "VE"])
+def test_minimiser_is_the_score_of_noised_data(name):
+    """Normal data in the plane and s(x) = A x + b: all losses have the minimiser A = −C⁻¹, b = C⁻¹·αm of p_t = N(αm, C).
+
+    Each loss is a quadratic in (A, b); four nodes on each axis make its mean exact and one Newton step its minimiser.
+    """
+    t, (alpha, sigma) = 0.4, known(name, 0.4)
+    nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(4))
+    grid = torch.cartesian_prod(*[nodes] * 4)
+    weights = torch.cartesian_prod(*[weights / weights.sum()] * 4).prod(1)
+    m = torch.tensor([0.5, -0.3], dtype=torch.float64)
+    root = torch.tensor([[0.8, 0.0], [0.3, 0.5]], dtype=torch.float64)
+    parts = m + grid[:, :2] @ root.T, grid[:, 2:], weights
+    inverse = torch.linalg.inv(alpha**2 * root @ root.T + sigma**2 * torch.eye(2, dtype=torch.float64))
+    expected = torch.cat([-inverse.flatten(), inverse @ m * alpha])
+    directed = over_directions(*parts, every_sign(2))
+
+    def value(theta, kind):
+        d = Denoiser(lambda xt, t: xt @ theta[:4].reshape(2, 2).T + theta[4:], path_of(name), "score")
+        if kind in (dsm, esm):
+            return mean_of(lambda x0, eps, weight: kind(d, x0, t, eps, weight), parts)
+        return mean_of(lambda x0, eps, v, weight: ssm(d, x0, t, eps, v, weight, reduced=kind == "reduced"), directed)
+
+    for kind in (dsm, esm, "reduced", "plain"):
+        start = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(value(start, kind), start, create_graph=True)
+        hessian = torch.stack([torch.autograd.grad(entry, start, retain_graph=True)[0] for entry in slope])
+        close(-torch.linalg.solve(hessian, slope.detach()), expected, 1e-9)
+
+
+def test_without_noise(generator):
+    """At t = 0 ESM and SSM are the losses of the data's own score; DSM has no target there and raises."""
+    x0, eps, v, net = (*(normals(4, 3, generator=generator) for _ in "abc"), Small(3, 0))
+    d = Denoiser(net, Cosine(), "score")
+    jacobians = torch.func.vmap(torch.func.jacrev(net))(x0)
+    half = 0.5 * net(x0).square().sum(1)
+    close(esm(d, x0, 0.0, eps), (torch.einsum("bii->b", jacobians) + half).mean())
+    close(ssm(d, x0, 0.0, eps, v), (torch.einsum("bi,bij,bj->b", v, jacobians, v) + half).mean())
+    with pytest.raises(ValueError, match="score.*not finite at t"):
+        dsm(d, x0, 0.0, eps)
+
+
+# Directions -----------------------------------------------------------------------------------------------------------
+
+
+def each_value(loss, count):
+    """The loss of each sample: the gradient of the mean with respect to `weight`, times the number of samples."""
+    weight = torch.ones(count, dtype=torch.float64, requires_grad=True)
+    return count * torch.autograd.grad(loss(weight), weight)[0]
+
+
+@pytest.mark.parametrize("dim", [2, 3, 5])
+def test_every_sign_gives_the_exact_trace(dim, generator):
+    """Averaged over all 2^D vectors of signs both forms of SSM are ESM, sample by sample, to 1e-12."""
+    x0, eps, net = normals(4, dim, generator=generator), normals(4, dim, generator=generator), Small(dim, 3)
+    d, signs = Denoiser(net, Cosine(), "score"), every_sign(dim)
+    exact = each_value(lambda w: esm(d, x0, 0.5, eps, w), 4)
+    a, b, v, _ = over_directions(x0, eps, torch.ones(4, dtype=torch.float64), signs)
+    for reduced in (True, False):
+        each = each_value(lambda w, r=reduced: ssm(d, a, 0.5, b, v, w, reduced=r), len(v))
+        assert each.reshape(4, -1).std(1).min() > 1e-3
+        close(each.reshape(4, -1).mean(1), exact, 1e-12)
+
+
+@pytest.mark.parametrize("dim", [2, 4])
+def test_directions_of_length_one(dim, generator):
+    """With ‖v‖ = 1 the plain form is ESM/D. The reduced one is not: for N(0, I) and s = a·x its minimiser is a = −1/D."""
+    x0, eps, net = normals(4, dim, generator=generator), normals(4, dim, generator=generator), Small(dim, 3)
+    d, unit = Denoiser(net, Cosine(), "score"), every_sign(dim) / math.sqrt(dim)
+    a, b, v, _ = over_directions(x0, eps, torch.ones(4, dtype=torch.float64), unit)
+    close(ssm(d, a, 0.5, b, v, reduced=False), esm(d, x0, 0.5, eps) / dim, 1e-12)
+    nodes = math.sqrt(dim) * torch.cat([torch.eye(dim), -torch.eye(dim)]).double()  # E x = 0, E xxᵀ = I
+    a, b, v, _ = over_directions(nodes, 0 * nodes, torch.ones(len(nodes), dtype=torch.float64), unit)
+    for reduced, expected in ((True, -1 / dim), (False, -1.0)):
+        slope = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        net = Denoiser(lambda xt, t, slope=slope: slope * xt, Cosine(), "score")
+        (first,) = torch.autograd.grad(ssm(net, a, 0.0, b, v, reduced=reduced), slope, create_graph=True)
+        (second,) = torch.autograd.grad(first, slope)
+        close(-first.detach() / second, expected, 1e-12)
+
+
+def test_the_reduced_form_has_less_variance():
+    """s = −x on N(0, I), D = 4, signs v: vᵀJv = −D always, and Var ½‖x‖² = D/2 = 2 against Var ½(v·x)² = D²/2 = 8.
+
+    For v·x ~ N(0, D). Summed over nodes for x and all signs, the mean of both is −D/2.
+    """
+    dim, (nodes, weights) = 4, (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(3))
+    x = torch.cartesian_prod(*[nodes] * dim)
+    w = torch.cartesian_prod(*[weights / weights.sum()] * dim).prod(1)
+    a, b, v, weight = over_directions(x, 0 * x, w, every_sign(dim))
+    d = Denoiser(lambda xt, t: -xt, Cosine(), "score")
+    for reduced, expected in ((True, dim / 2), (False, dim**2 / 2)):
+        each = each_value(lambda lam, r=reduced: ssm(d, a, 0.0, b, v, lam, reduced=r), len(v))
+        mean = (weight * each).sum()
+        close(mean, -dim / 2, 1e-10)
+        close((weight * (each - mean) ** 2).sum(), expected, 1e-10)
+
+
+# The trace of a Jacobian ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 2, 3, 3), (1, 1)])
+def test_jacobian_trace(shape, generator):
+    """Exact, and along v, against the full Jacobians of torch.func, for vectors and images."""
+    x, v = normals(*shape, generator=generator), normals(*shape, generator=generator)
+    size = math.prod(shape[1:])
+    mix = normals(size, size, generator=generator)
+
+    def f(row):
+        return (torch.tanh(mix @ row.flatten()) * row.flatten()).reshape(row.shape)
+
+    jacobians = torch.func.vmap(torch.func.jacrev(f))(x).reshape(shape[0], size, size)
+    x = x.requires_grad_()
+    y = torch.stack([f(row) for row in x])
+    found, along = jacobian_trace(y, x), jacobian_trace(y, x, v)
+    assert found.shape == along.shape == (shape[0],) and found.dtype == torch.float64
+    close(found.detach(), torch.einsum("bii->b", jacobians))
+    flat = v.reshape(shape[0], size)
+    close(along.detach(), torch.einsum("bi,bij,bj->b", flat, jacobians, flat))
+
+
+def test_hutchinson_by_enumeration(generator):
+    """Over all signs the mean of vᵀJv is the trace, to 1e-12; one direction alone is off by what lies off the diagonal."""
+    x = normals(1, 3, generator=generator).requires_grad_()
+    mix, signs = normals(3, 3, generator=generator), every_sign(3)
+    y = torch.sin(x) @ mix.T
+    each = torch.cat([jacobian_trace(y, x, v[None]) for v in signs]).detach()
+    exact = (mix.diagonal() * torch.cos(x[0])).sum().detach()
+    close(each.mean(), exact, 1e-12)
+    close(jacobian_trace(y, x)[0].detach(), exact, 1e-12)
+    assert (each - exact).abs().min() > 1e-3
+
+
+def test_trace_of_what_does_not_depend_on_x(generator):
+    """It is 0: of a constant, of a network's bias, and of the values that do not depend on x among those that do."""
+    x = normals(2, 3, generator=generator).requires_grad_()
+    bias, v = normals(2, 3, generator=generator), torch.ones(2, 3, dtype=torch.float64)
+    for y in (bias, bias.clone().requires_grad_()):
+        assert jacobian_trace(y, x).tolist() == jacobian_trace(y, x, v).tolist() == [0, 0]
+    half = torch.stack([x[:, 0] ** 2, bias[:, 1], bias[:, 2]], 1)
+    close(jacobian_trace(half, x).detach(), 2 * x[:, 0].detach())
+    d = Denoiser(lambda xt, t: torch.full_like(xt, 2.0), Cosine(), "score")
+    close(esm(d, bias, 0.5, bias), 6.0)
+    close(ssm(d, bias, 0.5, bias, v), 6.0)
+
+
+def test_trace_can_be_differentiated(generator):
+    """Its gradient in the parameters and in x is that of the Jacobian of tanh, written out."""
+    net, x, v = Small(3, 5), normals(4, 3, generator=generator).requires_grad_(), normals(4, 3, generator=generator)
+    for direction in (None, v):
+        found = jacobian_trace(net(x), x, direction)
+        bend = 1 - torch.tanh(x @ net.inner.T + net.bias) ** 2
+        jacobian = torch.einsum("ih,bh,hj->bij", net.outer, bend, net.inner) + net.linear
+        written = (
+            torch.einsum("bii->b", jacobian)
+            if direction is None
+            else torch.einsum("bi,bij,bj->b", direction, jacobian, direction)
+        )
+        close(found.detach(), written.detach())
+        inputs = [x, *net.parameters()]
+        pairs = zip(
+            torch.autograd.grad(found.sin().sum(), inputs),
+            torch.autograd.grad(written.sin().sum(), inputs),
+            strict=True,
+        )
+        for one, other in pairs:
+            assert other.abs().max() > 1e-3
+            close(one, other)
+
+
+# Use of the three losses ----------------------------------------------------------------------------------------------
+
+
+def losses_of(d, x0, t, eps, weight=None, **cond):
+    v = torch.ones_like(x0)
+    return [
+        dsm(d, x0, t, eps, weight, **cond),
+        esm(d, x0, t, eps, weight, **cond),
+        ssm(d, x0, t, eps, v, weight, **cond),
+        ssm(d, x0, t, eps, v, weight, reduced=False, **cond),
+    ]
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 1, 2, 2)])
+def test_score_matching_weights_each_sample(shape, generator):
+    """`weight` multiplies each sample's own loss, which is also what the sample has alone, at its own time."""
+    x0, eps = normals(*shape, generator=generator), normals(*shape, generator=generator)
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    d, weight = Denoiser(lambda xt, t: torch.sin(xt), Straight(), "v"), torch.tensor([0.0, 2.0, 5.0])
+    alone = [losses_of(d, x0[i : i + 1], t[i].item(), eps[i : i + 1]) for i in range(3)]
+    for found, *each in zip(losses_of(d, x0, t, eps, weight), *alone, strict=True):
+        close(found, (2 * each[1] + 5 * each[2]) / 3)
+    for found, *each in zip(losses_of(d, x0, t, eps), *alone, strict=True):
+        close(found, sum(each) / 3)
+
+
+def test_score_matching_passes_conditions_and_gradients():
+    """Conditions reach the network, gradients reach its parameters; without gradients the value is the same."""
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    d = Denoiser(lambda xt, t, y: scale * y[:, None] * xt, Straight(), "score")
+    y, x0, eps = torch.tensor([1.0, 2.0]), torch.ones(2, 3).double(), torch.full((2, 3), 2.0).double()  # x_t = 1.5
+    square = 1.5**2 * 3
+    s = [0.5, 1.0]
+    expected = [
+        sum(0.5 * 3 * (k * 1.5 + 4) ** 2 for k in s) / 2,
+        sum(3 * k + 0.5 * k**2 * square for k in s) / 2,
+        sum(3 * k + 0.5 * k**2 * square for k in s) / 2,  # v = 1: vᵀJv is the trace
+        sum(3 * k + 0.5 * k**2 * 4.5**2 for k in s) / 2,
+    ]
+    slopes = [
+        sum(3 * (k * 1.5 + 4) * 1.5 * k / 0.5 for k in s) / 2,
+        sum(3 * k / 0.5 + k**2 / 0.5 * square for k in s) / 2,
+        sum(3 * k / 0.5 + k**2 / 0.5 * square for k in s) / 2,
+        sum(3 * k / 0.5 + k**2 / 0.5 * 4.5**2 for k in s) / 2,
+    ]
+    for value, known_value, slope in zip(losses_of(d, x0, 0.5, eps, y=y), expected, slopes, strict=True):
+        close(value.detach(), known_value)
+        close(torch.autograd.grad(value, scale)[0], slope)
+    with torch.no_grad():
+        for value, known_value in zip(losses_of(d, x0, 0.5, eps, y=y), expected, strict=True):
+            close(value, known_value)
+
+
+def test_score_matching_keeps_the_type_and_the_data():
+    """float32 data give float32 losses, and the data themselves are left without a gradient."""
+    x0, eps = torch.ones(2, 3), torch.ones(2, 3)
+    for value in losses_of(Denoiser(lambda xt, t: xt, Cosine(), "v"), x0, torch.tensor([0.1, 0.2]), eps):
+        assert value.dtype == torch.float32 and value.shape == ()
+    assert not x0.requires_grad and not eps.requires_grad
+
+
+def test_arguments_of_score_matching_are_checked():
+    """What does not fit raises and is named."""
+    x, d = torch.ones(4, 2), Denoiser(lambda xt, t: xt, Cosine(), "v")
+    cases = [
+        (r"^eps must have the shape of x0", lambda: dsm(d, x, 0.5, torch.ones(4, 3))),
+        (r"^eps must have the shape of x0", lambda: esm(d, x, 0.5, torch.ones(4, 3))),
+        (r"^v must have the shape of x0, \(4, 2\); got \(4, 3\)", lambda: ssm(d, x, 0.5, x, torch.ones(4, 3))),
+        (r"^v must have the shape of x0, \(4, 2\); got \(1, 2\)", lambda: ssm(d, x, 0.5, x, torch.ones(1, 2))),
+        (r"^weight must have shape \(4,\); got \(2,\)", lambda: dsm(d, x, 0.5, x, torch.ones(2))),
+        (r"^weight must have shape \(4,\); got \(4, 1\)", lambda: esm(d, x, 0.5, x, torch.ones(4, 1))),
+        (r"^weight must have shape \(4,\); got \(\)", lambda: ssm(d, x, 0.5, x, x, torch.tensor(1.0))),
+        (r"do not determine score at t = \[0\.0\]", lambda: dsm(d, x, 0.0, x)),
+        (r"do not determine score at t = \[0\.0\]", lambda: esm(d, x, 0.0, x)),
+        (r"do not determine score at t = \[0\.0\]", lambda: ssm(d, x, torch.tensor([0.0, 0.5, 0.5, 0.5]), x, x)),
+        (r"^y must have the shape of x", lambda: jacobian_trace(x[:2], x.clone().requires_grad_())),
+        (r"^v must have the shape of x", lambda: jacobian_trace(x, x.clone().requires_grad_(), x[:2])),
+    ]
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 # A term of the bound --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import scipy.linalg
 import torch
 from scipy import stats
 
-from dgm_course import checkpoints, data, losses, nets, objectives, recipes, tables, training
+from dgm_course import checkpoints, data, losses, measures, nets, objectives, paths, recipes, tables, training
 from dgm_course.denoisers import Denoiser
 from dgm_course.flows import Flow
 from dgm_course.gan import GAN, ConvGAN
@@ -197,6 +197,10 @@ def test_shipped_recipes_fit_the_budget(monkeypatch):
             dict(zip(recipe.get("vary", {}), values, strict=True))
             for values in itertools.product(*recipe.get("vary", {}).values())
         ]
+        assert len({json.dumps(values) for values in varied}) == len(varied) > 0
+        assert recipe["data"] in data.NAMES and recipe["what"]
+        if "checkpoint" in recipe:
+            continue  # it trains nothing, see below
         for values in varied:
             card = recipe | values | recipe.get("kinds", {}).get(values.get("kind"), {})
             model = checkpoints.build(card)
@@ -213,8 +217,33 @@ def test_shipped_recipes_fit_the_budget(monkeypatch):
                 inspect.signature(score).bind(None, None, None, **card["scored with"])
                 assert "classifies" in recipes.RECIPES[card["scored with"]["classifier"]]
                 assert card["scored with"]["samples"] % 10 == 0 and (plain or card["net"]["num_classes"] == 10)
-        assert len({json.dumps(values) for values in varied}) == len(varied) > 0
-        assert recipe["data"] in data.NAMES and recipe["steps"] > 0 and recipe["batch"] > 0 and recipe["what"]
+        assert recipe["steps"] > 0 and recipe["batch"] > 0
+
+
+def test_shipped_measurements_name_what_there_is(monkeypatch):
+    """Recipes without a net: a shipped class-conditional denoiser, a continuous path, known samplers, every one a fair share."""
+    monkeypatch.undo()
+    without = {name: recipe for name, recipe in recipes.RECIPES.items() if "checkpoint" in recipe}
+    assert "mnist-sde" in without
+    for recipe in without.values():
+        assert not {"net", "model", "steps", "batch", "fit"} & recipe.keys()
+        network = recipes.RECIPES[recipe["checkpoint"]]
+        assert network["net"]["num_classes"] == 10 and network["data"] == recipe["data"]
+        settings = dict(recipe["path"])
+        path = getattr(paths, settings.pop("class"))(**settings)
+        trained = getattr(paths, network["path"]["class"])()
+        assert math.isfinite(path.drift(1.0)) and path.logsnr(1.0) >= trained.logsnr(1.0)
+        assert "classifies" in recipes.RECIPES[recipe["scored with"]["classifier"]]
+        inspect.signature(objectives.quality).bind(None, None, None, **recipe["scored with"])
+        for sampler in recipe["vary"]["sampler"]:
+            if sampler["name"] == "dopri5":
+                assert sampler.keys() == {"name", "tolerance"} and 0 < sampler["tolerance"] < 1
+            else:
+                assert sampler.keys() == {"name", "evaluations"} and sampler["name"] in measures.SAMPLERS
+                assert sampler["evaluations"] % 2 == 0
+        named = [(s["name"], s["evaluations"]) for s in recipe["vary"]["sampler"] if s["name"] != "dopri5"]
+        counts = {name: sorted(n for other, n in named if other == name) for name, _ in named}
+        assert counts.keys() == measures.SAMPLERS.keys() and len({tuple(n) for n in counts.values()}) == 1
 
 
 def test_backbones_are_compared_at_equal_size(monkeypatch):
@@ -812,3 +841,92 @@ def test_a_table_is_for_one_recipe_one_set_of_data_and_one_machine(change, tmp_p
     card = recipes.train("tiny", out=tmp_path, **change)
     count = len(recipes.RECIPES["tiny"]["vary"]["seed"])
     assert len(fits) == len(card["rows"]) == count and tables.read(tmp_path / "tiny.json") == card
+
+
+# A table of samplers ------------------------------------------------------------------------------------------------
+
+MEASURED = {
+    "what": "two samplers of a network over seeds",
+    "data": "mnist",
+    "checkpoint": "network",
+    "path": {"class": "VP"},
+    "vary": {
+        "seed": [1, 0],
+        "sampler": [{"name": "Euler–Maruyama", "evaluations": 4}, {"name": "dopri5", "tolerance": 0.1}],
+    },
+    "scored with": {"classifier": "judge", "samples": 20, "draws": 1},
+}
+TRIED = [(1, "Euler–Maruyama"), (1, "dopri5"), (0, "Euler–Maruyama"), (0, "dopri5")]
+
+
+@pytest.fixture
+def shipped(monkeypatch):
+    """In place of the checkpoints: a network that shrinks what it sees, on a circle, and a classifier of means."""
+
+    class Network:
+        path = Cosine()
+
+        def __call__(self, xt, t, y):
+            return 0.5 * xt + 0.1 * (y - 4.5).reshape(-1, 1, 1, 1)
+
+    class Means(torch.nn.Module):
+        def features(self, x):
+            return x.flatten(1)[:, 300:304]
+
+        def forward(self, x):
+            return x.flatten(1)[:, :10]
+
+    monkeypatch.setattr(checkpoints, "load", {"network": Network(), "judge": Means()}.__getitem__)
+    monkeypatch.setattr(training, "fit", None)  # nothing is trained
+
+
+def test_a_measuring_recipe_writes_a_table(tmp_path, asked, shipped):
+    """A row for each sampler and seed, in order, as `measures.measure` gives it, with its minutes; no steps, no batches."""
+    recipes.RECIPES["tiny"] = MEASURED
+    card = recipes.train("tiny", out=tmp_path / "runs")
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == ["tiny.json"]
+    assert tables.read(tmp_path / "runs" / "tiny.json") == card
+    said = {"images", "data_sha256", "recipe", "machine", "Fréchet distance of real images", "rows"}
+    assert card.keys() == MEASURED.keys() | said and {key: card[key] for key in MEASURED} == MEASURED
+    assert card["recipe"] == "dgm-course train tiny" and card["images"] == 500
+    assert platform.machine() in card["machine"] and "float32" in card["machine"]
+    assert asked == [("mnist", "train", None), ("mnist", "test", None)]
+    assert [(row["seed"], row["sampler"]["name"]) for row in card["rows"]] == TRIED
+    test = data.images(part("mnist"))
+    for row in card["rows"]:
+        alone = measures.measure(MEASURED | {"seed": row["seed"], "sampler": row["sampler"]}, *test)
+        assert row == alone | {"seed": row["seed"], "sampler": row["sampler"], "minutes": row["minutes"]}
+        assert 0 <= row["minutes"] < 1
+    assert card["rows"][0]["evaluations"] == 4 and len({row["Fréchet distance"] for row in card["rows"]}) == 4
+
+
+@pytest.mark.parametrize("survive", [1, 3])
+def test_a_stopped_measurement_goes_on(survive, tmp_path, shipped, monkeypatch):
+    """Rows that were measured are kept and not measured again."""
+    recipes.RECIPES["tiny"], measure, calls = MEASURED, measures.measure, []
+
+    def counted(*arguments):
+        if len(calls) == survive and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        calls.append(arguments[0]["sampler"])
+        return measure(*arguments)
+
+    monkeypatch.setattr(measures, "measure", counted)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.train("tiny", out=tmp_path)
+    kept = tables.read(tmp_path / "tiny.json")["rows"]
+    assert [(row["seed"], row["sampler"]["name"]) for row in kept] == TRIED[:survive]
+    (tmp_path / "again").touch()
+    card = recipes.train("tiny", out=tmp_path)
+    assert len(calls) == 4 and card["rows"][:survive] == kept
+    assert [(row["seed"], row["sampler"]["name"]) for row in card["rows"]] == TRIED
+    assert tables.read(tmp_path / "tiny.json") == card
+    assert recipes.train("tiny", out=tmp_path) == card and len(calls) == 4
+
+
+def test_a_measurement_has_no_steps(tmp_path, asked, shipped):
+    """Steps asked of it are refused, before any data are read."""
+    recipes.RECIPES["tiny"] = MEASURED
+    with pytest.raises(ValueError, match="^recipe tiny trains nothing, so it has no steps; got 5"):
+        recipes.train("tiny", out=tmp_path, steps=5)
+    assert asked == [] and list(tmp_path.iterdir()) == []

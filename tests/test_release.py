@@ -278,8 +278,10 @@ def test_the_stamped_cell_installs_this_release_or_what_the_environment_says(cou
 SHARED = frozenset(
     {
         "foroneineps:",
+        "middle=(low+high)/2",
         "returntorch.stack(terms)",
         "returnvalues.flatten(1).sum(1)",
+        "t,s=times[:-1],times[1:]",
         "withtorch.enable_grad():",
         "z=mean+(0.5*log_var).exp()*eps",
     }

@@ -12,13 +12,14 @@ from oracles import (
     bayes_on_a_grid,
     forward_kernel,
     known,
+    known_rates,
     order_of,
     path_of,
     time_on,
 )
 
 from dgm_course.denoisers import clipped
-from dgm_course.paths import VP, Cosine, DiscretePath, Straight
+from dgm_course.paths import VE, VP, Cosine, DiscretePath, Straight, SubVP
 from dgm_course.samplers import (
     ddim,
     ddim_step,
@@ -26,9 +27,11 @@ from dgm_course.samplers import (
     ddpm_step,
     dpm_solver_pp_2m,
     dpm_solver_pp_2m_step,
+    euler_maruyama,
     heun,
     heun_step,
     last,
+    predictor_corrector,
 )
 from dgm_course.schedules import cosine_betas, linear_betas
 
@@ -41,10 +44,30 @@ SAMPLERS = {
     "ddim eta": lambda *a, **k: ddim(*a, eta=0.7, **k),
     "heun": lambda *a, generator=None: heun(*a),
     "2m": lambda *a, generator=None: dpm_solver_pp_2m(*a),
+    "em": euler_maruyama,
+    "em, corrector": predictor_corrector,
+    "corrector, em": partial(predictor_corrector, order="corrector first", snr=0.3, corrector_steps=2),
+    "ddpm, corrector": partial(predictor_corrector, predictor="ddpm"),
 }
-RANDOM = ["ddpm", "ddpm posterior", "ddpm callable", "ddim eta"]
+OF_THE_SDE = ["em", "em, corrector", "corrector, em"]  # they need a finite drift, so also at t = 1 if they start there
+RANDOM = ["ddpm", "ddpm posterior", "ddpm callable", "ddim eta", *OF_THE_SDE, "ddpm, corrector"]
 all_samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 all_paths = pytest.mark.parametrize("name", PATHS)
+inside = pytest.mark.parametrize(
+    "sampler, name", [(s, name) for s in SAMPLERS for name in PATHS if s not in OF_THE_SDE or name in CONTINUOUS]
+)
+FROM_END_TO_END = [
+    (s, name)
+    for s in SAMPLERS
+    for name in PATHS
+    if s not in OF_THE_SDE or name in ("VP", "VP gentle", "SubVP", "VE", "VE narrow")
+]
+end_to_end = pytest.mark.parametrize("sampler, name", FROM_END_TO_END)
+
+
+def home(sampler):
+    """A path on which the sampler goes from t = 1 to 0."""
+    return VP() if sampler in OF_THE_SDE else Cosine()
 
 
 def smooth(xt, t):
@@ -118,6 +141,22 @@ def typed_2m(name, xt, x0, t, s, x0_before=None, t_before=None):
         r = (half_logsnr(name, t) - half_logsnr(name, t_before)) / h
         x0 = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
     return sigma_s / sigma_t * xt - alpha_s * (math.exp(-h) - 1) * x0
+
+
+def typed_reverse(name, xt, x0, t, s, noise):
+    """Euler–Maruyama of the paper's eq. 6, with f and g² from the closed forms' rates."""
+    (alpha, sigma), (d_alpha, d_sigma) = known(name, t), known_rates(name, t)
+    f = d_alpha / alpha
+    g2, h = 2 * sigma * d_sigma - 2 * f * sigma**2, t - s
+    score = (alpha * x0 - xt) / sigma**2
+    return xt - (f * xt - g2 * score) * h + math.sqrt(g2 * h) * noise
+
+
+def typed_corrector(name, xt, x0, t, snr, noise):
+    """One step of Langevin dynamics at t, with δ = 2(rσ)²."""
+    alpha, sigma = known(name, t)
+    step = 2 * (snr * sigma) ** 2
+    return xt + step * (alpha * x0 - xt) / sigma**2 + math.sqrt(2 * step) * noise
 
 
 @all_paths
@@ -253,15 +292,24 @@ def stepped(sampler, name, x, times, seed):
             x = typed_ddim(name, x, x0, t, s, 0.7, draw())
         elif sampler == "heun":
             x = typed_heun(smooth, name, x, t, s)
+        elif sampler == "corrector, em":
+            for _ in range(2):
+                x = typed_corrector(name, x, smooth(x, t), t, 0.3, draw())
+            x = typed_reverse(name, x, smooth(x, t), t, s, draw())
+        elif sampler.startswith("em"):
+            x = typed_reverse(name, x, x0, t, s, draw())
+        elif sampler == "ddpm, corrector":
+            x = typed_ddpm(name, x, x0, t, s, "beta", draw())
         elif sampler == "2m":
             x = typed_2m(name, x, x0, t, s, x0_before, times[i - 1] if i else None)
+        if sampler in ("em, corrector", "ddpm, corrector"):
+            x = typed_corrector(name, x, smooth(x, s), s, 0.16, draw())
         x0_before = x0
         states.append(x)
     return states
 
 
-@all_samplers
-@all_paths
+@inside
 def test_sampler_is_its_step_repeated(sampler, name, generator):
     """Every state of a sampler is the typed formula applied to the one before, on every path, over inner times."""
     times = inner(name)
@@ -455,8 +503,7 @@ def test_2m_extrapolates_exactly(ratio, generator):
 # What every sampler promises ------------------------------------------------------------------------------------------
 
 
-@all_samplers
-@all_paths
+@end_to_end
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_states(sampler, name, dtype, generator):
     """N states, all finite from the noise's end on, of x's type and shape, each in its own memory; x is left alone."""
@@ -471,8 +518,7 @@ def test_states(sampler, name, dtype, generator):
     assert torch.equal(x, before)
 
 
-@all_samplers
-@all_paths
+@pytest.mark.parametrize("sampler, name", [pair for pair in FROM_END_TO_END if pair[0] != "corrector, em"])
 def test_last_state_is_the_denoised_one(sampler, name, generator):
     """At t = 0 the state is α(0)·x̂_0 of the state before, with no noise on it."""
     path, times, alpha = path_of(name), grid_of(name), known(name, 0)[0]
@@ -486,9 +532,9 @@ def test_last_state_is_the_denoised_one(sampler, name, generator):
 @all_samplers
 def test_grid_may_end_before_the_data(sampler, generator):
     """A grid that stops at t > 0 is the start of the one that goes on, up to 2M's last step."""
-    x, run = normals(3, 2, generator=generator), SAMPLERS[sampler]
-    to_the_data = run(smooth, Cosine(), x, [1.0, 0.6, 0.2, 0.0], generator=seeded(2))
-    for short in run(smooth, Cosine(), x, [1.0, 0.6, 0.2], generator=seeded(2)):
+    x, run, path = normals(3, 2, generator=generator), SAMPLERS[sampler], home(sampler)
+    to_the_data = run(smooth, path, x, [1.0, 0.6, 0.2, 0.0], generator=seeded(2))
+    for short in run(smooth, path, x, [1.0, 0.6, 0.2], generator=seeded(2)):
         long = next(to_the_data)
         assert torch.equal(short, long)
 
@@ -497,7 +543,8 @@ def test_grid_may_end_before_the_data(sampler, generator):
 def test_a_perfect_denoiser_is_obeyed(sampler, generator):
     """A denoiser that always says the same x_0 ends there, on both a path and a chain whose last β is 1."""
     x0 = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2)
-    for path in (Cosine(), Straight(), VP(), DiscretePath(cosine_betas(50, clip=1.0))):
+    anywhere = Cosine(), Straight(), VP(), DiscretePath(cosine_betas(50, clip=1.0))
+    for path in (VP(), SubVP(), VE()) if sampler in OF_THE_SDE else anywhere:
         out = last(SAMPLERS[sampler](lambda xt, t: x0, path, normals(3, 2, generator=generator), path.times(8)))
         close(out, x0, 1e-12)
         assert out.data_ptr() != x0.data_ptr()
@@ -523,13 +570,13 @@ def test_random_numbers(sampler, generator):
     x, times = normals(3, 2, generator=generator), [1.0, 0.5, 0.2]
 
     def run(seed):
-        return last(SAMPLERS[sampler](smooth, Cosine(), x, times, generator=seeded(seed)))
+        return last(SAMPLERS[sampler](smooth, home(sampler), x, times, generator=seeded(seed)))
 
     before = torch.random.get_rng_state()
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(3)
-    without = last(SAMPLERS[sampler](smooth, Cosine(), x, times))
+    without = last(SAMPLERS[sampler](smooth, home(sampler), x, times))
     torch.random.set_rng_state(before)
     assert torch.equal(without, run(3))
 
@@ -561,7 +608,7 @@ def test_samples_do_not_meet(sampler, generator):
     """A sample's run does not depend on its batch mates."""
     x, other = normals(3, 2, generator=generator), normals(3, 2, generator=generator)
     other[1] = x[1]
-    runs = [SAMPLERS[sampler](smooth, Cosine(), start, GRID, generator=seeded(4)) for start in (x, other)]
+    runs = [SAMPLERS[sampler](smooth, home(sampler), start, GRID, generator=seeded(4)) for start in (x, other)]
     for one, two in zip(*runs, strict=True):
         assert torch.equal(one[1], two[1]) and not torch.equal(one[0], two[0])
 
@@ -579,7 +626,7 @@ def test_gradients(sampler):
 
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            states = SAMPLERS[sampler](denoiser, Cosine(), x, GRID)
+            states = SAMPLERS[sampler](denoiser, home(sampler), x, GRID)
             for state in states:
                 assert torch.is_grad_enabled() is grad
                 assert not state.requires_grad
@@ -590,7 +637,7 @@ def test_gradients(sampler):
 @all_samplers
 def test_a_run_left_early_leaves_no_trace(sampler):
     """Stopping after the first state leaves gradients as they were."""
-    states = SAMPLERS[sampler](smooth, Cosine(), torch.ones(2, 2), GRID)
+    states = SAMPLERS[sampler](smooth, home(sampler), torch.ones(2, 2), GRID)
     next(states)
     assert torch.is_grad_enabled()
     states.close()
@@ -608,8 +655,9 @@ def test_a_state_that_is_not_finite(sampler, bad):
             x0[1, 1] = bad
         return x0
 
-    states = SAMPLERS[sampler](denoiser, Cosine(), torch.ones(2, 3), GRID)
-    step = 3 if sampler == "heun" else 4  # heun looks ahead to 0.45 in the step before
+    states = SAMPLERS[sampler](denoiser, home(sampler), torch.ones(2, 3), GRID)
+    ahead = sampler in ("heun", "em, corrector", "ddpm, corrector")  # they ask at 0.45 in the step that ends there
+    step = 3 if ahead else 4
     for _ in range(step - 1):
         assert bool(next(states).isfinite().all())
     message = rf"^the state is not finite after step {step} of 5, from t = {GRID[step - 1]:g} to {GRID[step]:g}"

@@ -33,8 +33,13 @@ from dgm_course.samplers import (
     ddpm_step,
     dpm_solver_pp_2m,
     dpm_solver_pp_2m_step,
+    euler_maruyama_step,
+    forward_euler_maruyama,
     heun,
+    langevin,
+    langevin_step,
     last,
+    predictor_corrector,
 )
 from dgm_course.schedules import cosine_betas, linear_betas
 
@@ -858,6 +863,253 @@ CASES["SDE of SubVP"] = Case(
         "g² = β": typed_sub_vp(power=math.inf),
         "σ² for σ": typed_sub_vp(sigma=lambda a: (1 - a**2) ** 2),
         "VP's σ": typed_sub_vp(sigma=lambda a: math.sqrt(1 - a**2)),
+    },
+)
+
+
+# Samplers of the SDE --------------------------------------------------------------------------------------------------
+# A kernel takes (x, t, h, noise) and walks forward on VP, by h from t.
+
+
+def ends_in_vp(step):
+    """From the point 2, 400 steps to t = 0.7: mean 2α and variance σ² to 2 %, from what a step does to x and to noise."""
+    mean, var, h = 2.0, 0.0, 0.7 / 400
+    for k in range(400):
+        rest, of_x, of_noise = step(tensor(0.0, 1.0, 0.0), k * h, h, tensor(0.0, 0.0, 1.0)).tolist()
+        mean, var = rest + (of_x - rest) * mean, (of_x - rest) ** 2 * var + (of_noise - rest) ** 2
+    alpha, sigma = known("VP", 0.7)
+    near(mean / (2 * alpha), 1.0, 0.02)
+    near(var / sigma**2, 1.0, 0.02)
+
+
+def our_forward_step(x, t, h, noise):
+    """The sampler draws its noise itself: what it adds to 0 is taken off, and the asked one put in its place."""
+    g = torch.Generator().manual_seed(0)
+    drawn = torch.randn(x.shape, generator=g, dtype=x.dtype)
+    plain = last(forward_euler_maruyama(VP(), torch.zeros_like(x), [t, t + h], generator=g.manual_seed(0)))
+    moved = last(forward_euler_maruyama(VP(), x, [t, t + h], generator=g.manual_seed(0)))
+    return moved - plain + plain / drawn * noise
+
+
+def typed_forward(drift=lambda b: -b / 2, spread=lambda b, h: math.sqrt(b * h), at=lambda t: t):
+    def step(x, t, h, noise):
+        beta = vp_beta(at(t))
+        return x + drift(beta) * x * h + spread(beta, h) * noise
+
+    return step
+
+
+CASES["forward SDE"] = Case(
+    ends_in_vp,
+    {"ours": our_forward_step, "typed": typed_forward()},
+    {
+        "h for √h": typed_forward(spread=lambda b, h: math.sqrt(b) * h),
+        "β for √β": typed_forward(spread=lambda b, h: b * math.sqrt(h)),
+        "drift without ½": typed_forward(drift=lambda b: -b),
+        "drift's sign": typed_forward(drift=lambda b: b / 2),
+        "no noise": typed_forward(spread=lambda b, h: 0.0),
+        "time runs from 1": typed_forward(at=lambda t: 1 - t),
+    },
+)
+
+
+# A kernel takes (x, x0_hat, t, s, noise) and steps back on VP. Data N(0.7, 1/4), exact denoiser.
+
+
+def undoes_vp(step):
+    """600 steps from p_0.9 to t = 0.1: mean and variance to 1 %, from what a step does to x and to noise."""
+    m, v = 0.7, 0.25
+    times = np.linspace(0.9, 0.1, 601).tolist()
+    alpha, sigma = known("VP", 0.9)
+    mean, var = alpha * m, alpha**2 * v + sigma**2
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        alpha, x = vp_alpha(t), tensor(0.0, 1.0, 0.0)
+        x0 = m + alpha * v / (alpha**2 * v + 1 - alpha**2) * (x - alpha * m)
+        rest, of_x, of_noise = step(x, x0, t, s, tensor(0.0, 0.0, 1.0)).tolist()
+        mean, var = rest + (of_x - rest) * mean, (of_x - rest) ** 2 * var + (of_noise - rest) ** 2
+    alpha, sigma = known("VP", 0.1)
+    near(mean / (alpha * m), 1.0, 0.01)
+    near(var / (alpha**2 * v + sigma**2), 1.0, 0.01)
+
+
+def typed_reverse(
+    weight=1.0, drift=-0.5, forward=1.0, spread=lambda g2, h: math.sqrt(g2 * h), size=lambda var: var, at=lambda t, s: t
+):
+    """x − forward·(drift·β·x − weight·β·score)·h + noise; score = (αx̂_0 − x)/size(σ²)."""
+
+    def step(x, x0, t, s, noise):
+        alpha, beta, h = vp_alpha(t), vp_beta(at(t, s)), t - s
+        score = (alpha * x0 - x) / size(1 - alpha**2)
+        return x - forward * (drift * beta * x - weight * beta * score) * h + spread(beta, h) * noise
+
+    return step
+
+
+CASES["reverse SDE"] = Case(
+    undoes_vp,
+    {
+        "ours": lambda x, x0, t, s, noise: euler_maruyama_step(VP(), x, x0, t, s, noise),
+        "typed": typed_reverse(),
+    },
+    {
+        "½g² before the score, as the ODE": typed_reverse(weight=0.5),
+        "the ODE's drift and no noise, with g²": typed_reverse(spread=lambda g2, h: 0.0),
+        "no score": typed_reverse(weight=0.0),
+        "score's sign": typed_reverse(weight=-1.0),
+        "time not reversed": typed_reverse(forward=-1.0),
+        "drift's sign": typed_reverse(drift=0.5),
+        "drift without ½": typed_reverse(drift=-1.0),
+        "h for √h": typed_reverse(spread=lambda g2, h: math.sqrt(g2) * h),
+        "g² for g before the noise": typed_reverse(spread=lambda g2, h: g2 * math.sqrt(h)),
+        "score divided by σ": typed_reverse(size=math.sqrt),  # ε̂ up to its sign
+        "score not divided": typed_reverse(size=lambda var: 1.0),
+        "β at the time T − t": typed_reverse(at=lambda t, s: 1 - t),
+    },
+)
+
+
+# A kernel takes (x, score, step, noise) and makes a step of Langevin dynamics.
+
+
+def stays_at(step):
+    """On N(1, 4) small steps keep mean 1 and variance 4, to 2 %, whatever they started from."""
+    mean, var = 0.0, 0.0
+    for _ in range(3000):
+        x = tensor(0.0, 1.0, 0.0)
+        rest, of_x, of_noise = step(x, -(x - 1) / 4, 0.02, tensor(0.0, 0.0, 1.0)).tolist()
+        mean, var = rest + (of_x - rest) * mean, (of_x - rest) ** 2 * var + (of_noise - rest) ** 2
+    near(mean, 1.0, 0.02)
+    near(var / 4, 1.0, 0.02)
+
+
+CASES["Langevin dynamics"] = Case(
+    stays_at,
+    {
+        "ours": langevin_step,
+        "typed": lambda x, score, step, noise: x + step * score + math.sqrt(2 * step) * noise,
+        "typed, half the step": lambda x, score, step, noise: x + step / 2 * score + math.sqrt(step) * noise,
+    },
+    {
+        "√δ for √2δ": lambda x, score, step, noise: x + step * score + math.sqrt(step) * noise,
+        "√2δ with half the drift": lambda x, score, step, noise: x + step / 2 * score + math.sqrt(2 * step) * noise,
+        "2δ for √2δ": lambda x, score, step, noise: x + step * score + 2 * step * noise,
+        "√2·δ for √2δ": lambda x, score, step, noise: x + step * score + math.sqrt(2) * step * noise,
+        "downhill": lambda x, score, step, noise: x - step * score + math.sqrt(2 * step) * noise,
+        "no noise": lambda x, score, step, noise: x + step * score,
+        "keeps the noise alone": lambda x, score, step, noise: step * score + math.sqrt(2 * step) * noise,
+    },
+)
+
+
+# A kernel takes (x0, x, t, snr, steps, generator) and corrects x at t on VP, for data in one point x0.
+
+
+def corrects_each_sample_at_its_time(correct):
+    """30,000 samples take on N(αx_0, σ²/(1 − r²)), within 5 standard errors; a sample is what it is without batch mates."""
+    n, snr = 30_000, 0.5
+    for t in (0.1, 0.4):
+        g = torch.Generator().manual_seed(1)
+        x = correct(0.8, torch.zeros(n, 1, dtype=torch.float64), t, snr, 25, g)[:, 0].numpy()
+        alpha, sigma = known("VP", t)
+        var = sigma**2 / (1 - snr**2)
+        assert abs(x.mean() - 0.8 * alpha) < 5 * math.sqrt(var / n)
+        assert abs(x.var() - var) < 5 * var * math.sqrt(2 / n)
+        ends = []
+        for mate in (0.0, 50.0):
+            start = tensor([1.0], [mate])
+            ends.append(correct(0.8, start, t, snr, 1, torch.Generator().manual_seed(1))[0])
+        assert torch.equal(*ends)
+
+
+def typed_corrector(step_of=lambda snr, var, score, noise: 2 * (snr**2) * var, variance=lambda t: 1 - vp_alpha(t) ** 2):
+    def correct(x0, x, t, snr, steps, g):
+        for _ in range(steps):
+            score = (vp_alpha(t) * x0 - x) / variance(t)
+            noise = torch.randn(x.shape, generator=g, dtype=x.dtype)
+            step = step_of(snr, variance(t), score, noise)
+            x = x + step * score + (2 * torch.as_tensor(step)).sqrt() * noise
+        return x
+
+    return correct
+
+
+def our_corrector(x0, x, t, snr, steps, g):
+    return last(langevin(lambda xt, t: torch.full_like(xt, x0), VP(), x, t, snr=snr, steps=steps, generator=g))
+
+
+def measured(norm):
+    """δ = 2(r‖z‖/‖s‖)², with norms measured in some way."""
+    return lambda snr, var, score, noise: 2 * (snr * norm(noise) / norm(score)) ** 2
+
+
+CASES["corrector's step"] = Case(
+    corrects_each_sample_at_its_time,
+    {"ours": our_corrector, "typed": typed_corrector()},
+    {
+        "r for r²": typed_corrector(lambda snr, var, score, noise: 2 * snr * var),
+        "σ for σ²": typed_corrector(lambda snr, var, score, noise: 2 * snr**2 * var**0.5),
+        "without the 2": typed_corrector(lambda snr, var, score, noise: snr**2 * var),
+        "norms of each sample": typed_corrector(measured(lambda z: z.norm(dim=1, keepdim=True))),
+        "norms of the batch": typed_corrector(measured(lambda z: z.norm())),
+        "mean norms of the batch": typed_corrector(measured(lambda z: z.norm(dim=1).mean())),
+        "α² for σ²": typed_corrector(variance=lambda t: vp_alpha(t) ** 2),
+    },
+)
+
+
+# A kernel takes (denoiser, x, times, correctors, generator), predicts and then corrects with r = 0.5, on VP.
+
+
+def corrects_where_it_has_arrived(sample):
+    """Data in one point: after 25 corrections the samples have the corrector's own law at s, not at t, whatever came before."""
+    n, snr, asked = 30_000, 0.5, []
+
+    def denoiser(x, t):
+        asked.append(float(t))
+        return torch.full_like(x, 0.8)
+
+    g = torch.Generator().manual_seed(2)
+    x = sample(denoiser, torch.randn(n, 1, generator=g, dtype=torch.float64), [0.5, 0.2], 25, g)[:, 0].numpy()
+    alpha, sigma = known("VP", 0.2)
+    var = sigma**2 / (1 - snr**2)
+    assert abs(x.mean() - 0.8 * alpha) < 5 * math.sqrt(var / n)
+    assert abs(x.var() - var) < 5 * var * math.sqrt(2 / n)
+    assert asked == [0.5] + [0.2] * 25
+
+
+def typed_predictor_corrector(
+    ask_at=lambda t, s: s, noise_at=lambda t, s: s, step_of=lambda snr, t, s, var: 2 * snr**2 * var, again=True
+):
+    def sample(denoiser, x, times, correctors, g):
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            x0 = denoiser(x, t)
+            x = typed_reverse()(x, x0, t, s, torch.randn(x.shape, generator=g, dtype=x.dtype))
+            for _ in range(correctors):
+                at = noise_at(t, s)
+                x0 = denoiser(x, ask_at(t, s)) if again else x0
+                var = 1 - vp_alpha(at) ** 2
+                score, step = (vp_alpha(at) * x0 - x) / var, step_of(0.5, t, s, var)
+                x = x + step * score + math.sqrt(2 * step) * torch.randn(x.shape, generator=g, dtype=x.dtype)
+        return x
+
+    return sample
+
+
+CASES["predictor, then corrector"] = Case(
+    corrects_where_it_has_arrived,
+    {
+        "ours": lambda d, x, times, k, g: last(
+            predictor_corrector(d, VP(), x, times, snr=0.5, corrector_steps=k, generator=g)
+        ),
+        "typed": typed_predictor_corrector(),
+    },
+    {
+        "corrects at the time it left": typed_predictor_corrector(lambda t, s: t, lambda t, s: t),
+        "asks at the time it left": typed_predictor_corrector(ask_at=lambda t, s: t),
+        "reads the score at the time it left": typed_predictor_corrector(noise_at=lambda t, s: t),
+        "the predictor's Δt for δ": typed_predictor_corrector(step_of=lambda snr, t, s, var: t - s),
+        "the predictor's score again": typed_predictor_corrector(again=False),
+        "no corrector": lambda d, x, times, k, g: typed_predictor_corrector()(d, x, times, 0, g),
     },
 )
 
