@@ -115,7 +115,7 @@ def ode_log_prob(
 ) -> Tensor:
     r"""The log-density of the model whose samples are drawn by the probability-flow ODE, a continuous normalizing flow.
 
-    .. math:: \log p_\epsilon(x_\epsilon) = \log p_1(x_1) + \int_\epsilon^1 \mathrm{tr}\,\nabla_x u(x_t, t)\,dt,
+    .. math:: \log p_{t_{min}}(x) = \log p_1(x_1) + \int_{t_{min}}^1 \mathrm{tr}\,\nabla_x u(x_t, t)\,dt,
               \qquad \dot x_t = u(x_t, t) = \alpha'\hat x_0 + \sigma'\hat\epsilon
 
     State and integral are carried together, from the data to the noise, by the classical Runge–Kutta rule: four evaluations for a
@@ -124,8 +124,8 @@ def ode_log_prob(
     Arguments:
         d: A denoiser (x_t, t) → x̂_0 that can be differentiated.
         path: A continuous Gaussian path.
-        x0: Data, shape (B, …), taken as x_ε.
-        times: Strictly descending, as for a sampler, shape (N + 1,); the last is ε > 0. If not given, 100 steps from 1 to 1e-5, short
+        x0: Data, shape (B, …), taken as the state at t_min.
+        times: Strictly descending, as for a sampler, shape (N + 1,); the last is t_min > 0. If not given, 150 steps from 1 to 1e-5, short
             near the data.
         probes: Number of directions of random signs for Hutchinson's estimate of the trace, drawn once; each costs one
             gradient. Without it the trace is exact, at one gradient for each value in a sample.
@@ -136,7 +136,7 @@ def ode_log_prob(
         Nats for each sample, shape (B,), in the units of `x0`: a density, not yet a probability of grey levels.
 
     Raises:
-        ValueError: If the times do not descend to some ε > 0, or `probes` is below 1.
+        ValueError: If the times do not descend to some t_min > 0, or `probes` is below 1.
 
     Source:
         | Score-Based Generative Modeling through SDEs (Song et al., 2021), section 4.3 and appendix D; Neural Ordinary
@@ -150,11 +150,11 @@ def ode_log_prob(
         -1.8379
     """
     if times is None:
-        times = 1e-5 + (1 - 1e-5) * torch.linspace(1, 0, 101, dtype=torch.float64) ** 2
+        times = 1e-5 + (1 - 1e-5) * torch.linspace(1, 0, 151, dtype=torch.float64) ** 2
     times = checked_grid(path, x0, times).flip(0).tolist()
     if times[0] == 0:
         raise ValueError(
-            "times must end in some ε > 0: at 0 the score of data on a surface is infinite; got 0 as the last"
+            "times must end in some t_min > 0: at 0 the score of data on a surface is infinite; got 0 as the last"
         )
     if probes is not None and not (isinstance(probes, int) and probes >= 1):
         raise ValueError(f"probes must be a whole number of at least 1, or None for the exact trace; got {probes!r}")

@@ -9,22 +9,22 @@ from torchdiffeq import odeint
 from dgm_course import checkpoints, objectives, paths, samplers
 from dgm_course.denoisers import clipped, on_path, read_as
 
-__all__ = ["SAMPLERS", "draw", "grid", "measure"]
+__all__ = ["SAMPLERS", "draw", "first", "grid", "measure"]
 
-EPS = 1e-3  # where the samplers stop; the last evaluation takes them from there to x̂_0
+T_MIN = 1e-3  # where the samplers stop; the last evaluation takes them from there to x̂_0
 
 
 def grid(steps: int) -> Tensor:
-    """`steps` steps from 1 to 0: equal ones to EPS, then one to 0.
+    """`steps` steps from 1 to 0: equal ones to T_MIN, then one to 0.
 
     Example:
         >>> grid(3).tolist()
         [1.0, 0.5005, 0.001, 0.0]
     """
-    return torch.cat([torch.linspace(1, EPS, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([torch.linspace(1, T_MIN, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
 
 
-# Each draws from (denoiser, path, noise, evaluations, generator); the second-order ones make the odd number below.
+# Each draws from (denoiser, path, noise, evaluations, generator). Heun, and the predictor first, make an odd number: n − 1 for an even n.
 SAMPLERS = {
     "Euler–Maruyama": lambda d, path, x, n, g: samplers.euler_maruyama(d, path, x, grid(n), generator=g),
     "ancestral": lambda d, path, x, n, g: samplers.ddpm(d, path, x, grid(n), generator=g),
@@ -52,11 +52,11 @@ def draw(setting: dict, d: Callable, path: paths.GaussianPath, noise: Tensor, ge
     if setting["name"] != "dopri5":
         return samplers.last(SAMPLERS[setting["name"]](d, path, x, setting["evaluations"], generator))
     velocity, tolerance = read_as("velocity", d, path), setting["tolerance"]
-    ends = torch.tensor([1.0, EPS])
+    ends = torch.tensor([1.0, T_MIN])
     inside = {"first_step": 0.01, "step_t": ends[1:]}  # else its first step, or its last, may end at a t below 0
     with torch.no_grad():
         x = odeint(lambda t, x: velocity(x, t), x, ends, rtol=tolerance, atol=tolerance, options=inside)[-1]
-        return d(x, EPS)
+        return d(x, T_MIN)
 
 
 def measure(card: dict, x: Tensor, y: Tensor) -> dict:

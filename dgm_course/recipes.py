@@ -188,6 +188,22 @@ RECIPES = {
         "fit": {"precision": "float32", "ema": 0.99},
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "steps": 25, "draws": 1},
     },
+    "mnist-sde": {
+        "what": "samplers of the reverse SDE and of its ODE, on the VP path with the network of mnist-unet, over seeds",
+        "data": "mnist",
+        "checkpoint": "mnist-unet",
+        "path": {"class": "VP"},
+        "vary": {
+            "seed": [0, 1],
+            "sampler": [
+                {"name": name, "evaluations": evaluations}
+                for evaluations in (10, 20, 50, 100, 200)
+                for name in ("Euler–Maruyama", "ancestral", "predictor–corrector", "corrector–predictor", "Heun")
+            ]
+            + [{"name": "dopri5", "tolerance": tolerance} for tolerance in (1e-1, 1e-2, 1e-3, 1e-4)],
+        },
+        "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
+    },
     "mnist-vae": {
         "what": "VAE on MNIST with 16 latents, the variance of its pixels learned",
         "data": "mnist",
@@ -207,22 +223,6 @@ RECIPES = {
         "seed": 0,
         "fit": {"ema": 0.9995},
         "scored with": {"classifier": "mnist-classifier", "samples": 2000, "draws": 3},
-    },
-    "mnist-sde": {
-        "what": "samplers of the reverse SDE and of its ODE, on the VP path with the network of mnist-unet, over seeds",
-        "data": "mnist",
-        "checkpoint": "mnist-unet",
-        "path": {"class": "VP"},
-        "vary": {
-            "seed": [0, 1],
-            "sampler": [
-                {"name": name, "evaluations": evaluations}
-                for evaluations in (10, 20, 50, 100, 200)
-                for name in ("Euler–Maruyama", "ancestral", "predictor–corrector", "corrector–predictor", "Heun")
-            ]
-            + [{"name": "dopri5", "tolerance": tolerance} for tolerance in (1e-1, 1e-2, 1e-3, 1e-4)],
-        },
-        "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
     },
     "mnist-unet": {
         "what": "class-conditional U-Net on MNIST, v-prediction on the cosine path, labels dropped 10 %",

@@ -296,15 +296,12 @@ def down(start, stop, steps):
 @both_mixtures
 @flow_paths
 def test_exact_denoiser_gives_the_exact_density(law, name, generator):
-    """With the ideal denoiser and log p_1 as prior it is log p_ε, to 1e-4 on the grid that is the default.
-
-    On VE, whose noise grows 5,000-fold, the default grid is coarser for its task: 3e-4.
-    """
+    """With the ideal denoiser and log p_1 as prior it is the log-density at t_min, to 1e-4 on the grid that is the default."""
     x = law.sample(20, generator)
     found = ode_log_prob(
         law.denoiser(path_of(name)), path_of(name), x, prior_log_prob=lambda z: typed_log_density(law, name, 1.0, z)
     )
-    close(found, typed_log_density(law, name, 1e-5, x), 3e-4 if name == "VE" else 1e-4)
+    close(found, typed_log_density(law, name, 1e-5, x), 1e-4)
 
 
 @both_mixtures
@@ -502,20 +499,20 @@ def test_start_of_the_density(generator):
 
 
 def test_default_grid():
-    """Without times it runs over 100 steps from ε = 1e-5 to 1, squares of an even grid: 400 evaluations, short at first."""
+    """Without times it runs over 150 steps from 1e-5 to 1, squares of an even grid: 600 evaluations, short at first."""
     calls = []
     ode_log_prob(lambda xt, t: calls.append(t) or 0 * xt, Straight(), torch.zeros(1, 1, dtype=torch.float64))
-    edges = [1e-5 + (1 - 1e-5) * (k / 100) ** 2 for k in range(101)]
+    edges = [1e-5 + (1 - 1e-5) * (k / 150) ** 2 for k in range(151)]
     close(torch.tensor(calls[::4], dtype=torch.float64), edges[:-1], 1e-12)
     close(torch.tensor(calls[3::4], dtype=torch.float64), edges[1:], 1e-12)
-    assert len(calls) == 400
+    assert len(calls) == 600
 
 
 def test_arguments_of_the_density_are_checked():
     """What does not fit raises and is named."""
     x = torch.ones(4, 2)
     cases = [
-        (ValueError, "^times must end in some ε > 0: .*; got 0 as the last$",
+        (ValueError, "^times must end in some t_min > 0: .*; got 0 as the last$",
          lambda: ode_log_prob(guess, Cosine(), x, [1.0, 0.5, 0.0])),
         (ValueError, "^times must be strictly descending", lambda: ode_log_prob(guess, Cosine(), x, [0.1, 1.0])),
         (ValueError, "^times must be strictly descending", lambda: ode_log_prob(guess, Cosine(), x, [1.0])),

@@ -336,7 +336,7 @@ class GaussianPath:
         det = alpha * g2 - sigma * g1
         p, q = (r1 * g2 - r2 * g1) / det, (alpha * r2 - sigma * r1) / det
         if {given, to} == {"eps", "score"}:  # one thing in two units: x_t is not needed, even where α = 0
-            p, q = 0 * sigma, r2 / g2
+            p, q = 0 * (r2 + g2), r2 / g2
         return p, q
 
     def _remember(self, given: str, to: str, dtype: torch.dtype, t: float) -> bool:

@@ -123,12 +123,12 @@ def euler_maruyama(
 
 
 def _euler_maruyama_coefficients(path: GaussianPath, t: Time, s: Time):
-    _, var_s, alpha_t, var_t = path.ends(s, t)
+    alpha_s, var_s, alpha_t, var_t = path.ends(s, t)
     h = torch.as_tensor(t, dtype=torch.float64) - torch.as_tensor(s, dtype=torch.float64)
     noise = path.diffusion2(t) * h  # g²h, the variance of the step
     keep, pull = 1 - path.drift(t) * h - noise / var_t, alpha_t * noise / var_t
     end = var_s == 0
-    return torch.where(end, 0, keep), torch.where(end, 1, pull), torch.where(end, 0, noise).sqrt()
+    return torch.where(end, 0, keep), torch.where(end, alpha_s, pull), torch.where(end, 0, noise).sqrt()
 
 
 def _move(x: Tensor, x0: Tensor, keep: Tensor, pull: float, std: float, generator: torch.Generator | None) -> Tensor:
@@ -165,6 +165,8 @@ def langevin_step(xt: Tensor, score: Tensor, step: float | Tensor, noise: Tensor
     """
     same_shape(xt=xt, score=score, noise=noise)
     step = torch.as_tensor(step, dtype=torch.float64)
+    if step.ndim and step.shape != xt.shape[:1]:
+        raise ValueError(f"step must be a number or have shape ({len(xt)},); got shape {tuple(step.shape)}")
     if not bool((step > 0).all()):
         raise ValueError(f"step must be positive; got {step.tolist()}")
     return xt + expand(step, xt) * score + expand((2 * step).sqrt(), xt) * noise
@@ -216,10 +218,10 @@ def langevin(
     """
     if not (isinstance(steps, int) and steps >= 1):
         raise ValueError(f"steps must be a whole number of at least 1; got {steps!r}")
+    checked_grid(path, x, [1.0, 0.0])
     if not path.sigma(t) > 0:
         raise ValueError(f"t must have σ(t) > 0: without noise there is no corrector; got {t}")
-    times = torch.full((steps + 1,), float(t), dtype=torch.float64)
-    checked_grid(path, x, [float(t), 0.0])
+    times = path.tabulate(torch.full((steps + 1,), float(t), dtype=torch.float64))
     ((*_, keep, pull, std),) = coefficient_rows(x, times[:2], _langevin_coefficients(path, times[:1], snr))
 
     def states(x):
