@@ -178,13 +178,13 @@ def grid(steps):
 
 
 # %%
-def end_variance(lam, steps, start=1.0, V=0.25):
+def end_variance(eta, steps, start=1.0, V=0.25):
     """Variance of the last state for N(0, V) data, as a multiple of what it should be; `start` likewise, at t = 1."""
     times, f, g2 = grid(steps)
     var = vp.alpha(times) ** 2 * V + vp.sigma(times) ** 2
     single = torch.eye(steps + 1, dtype=torch.float64)
     x, noise = (start * var[0]).sqrt() * single[0], single[1:]
-    end = sample_between(lambda x, t: -x / (vp.alpha(t) ** 2 * V + vp.sigma(t) ** 2), x, times, f, g2, lam, noise)
+    end = sample_between(lambda x, t: -x / (vp.alpha(t) ** 2 * V + vp.sigma(t) ** 2), x, times, f, g2, eta, noise)
     return end.square().sum() / var[-1]
 
 
@@ -527,16 +527,16 @@ if hw.check(corrector_step):
 #
 # ●●●○○ · 25 minutes · read again: section 2.1 of the notebook
 #
-# Two equations lead from noise to data with the same density $p_t$ at each time: the reverse SDE, and the probability-flow ODE. They are two members of a family. For any number $\lambda\ge 0$ (no weight of a loss here),
+# Two equations lead from noise to data with the same density $p_t$ at each time: the reverse SDE, and the probability-flow ODE. They are two members of a family. For any number $\eta\ge 0$,
 #
-# $$dx = \Bigl[f\,x-\tfrac12(1+\lambda^2)\,g^2\,s\Bigr]dt+\lambda\,g\,d\bar w$$
+# $$dx = \Bigl[f\,x-\tfrac12(1+\eta^2)\,g^2\,s\Bigr]dt+\eta\,g\,d\bar w$$
 #
-# has these marginals too. $\lambda = 0$ is the ODE, $\lambda = 1$ the SDE; beyond 1 there is more noise, and the score pulls harder to make up for it. (With many short steps, DDIM with $\eta = \lambda$ does the same.) In a step from $t$ to the next time, $dt$ is **negative**, and $\bar w$ is a Brownian motion that runs backwards in time: its increment has variance $\lvert dt\rvert$. *(The slide text has $dw$ there, as in the forward SDE.)*
+# has these marginals too. $\eta = 0$ is the ODE, $\eta = 1$ the SDE; beyond 1 there is more noise, and the score pulls harder to make up for it. (It is the $\eta$ of DDIM, too, when its steps are many and short.) In a step from $t$ to the next time, $dt$ is **negative**, and $\bar w$ is a Brownian motion that runs backwards in time: its increment has variance $\lvert dt\rvert$. *(The slide text has $dw$ there, as in the forward SDE.)*
 #
-# **Write** `sample_between(score, x, times, f, g2, lam, noise)`, which walks down a list of times by Euler–Maruyama: in each step everything on the right side, the score too, is taken where the step begins.
+# **Write** `sample_between(score, x, times, f, g2, eta, noise)`, which walks down a list of times by Euler–Maruyama: in each step everything on the right side, the score too, is taken where the step begins.
 #
 # - `score`: a function of samples (B, …) and a time, a Python float, that returns the score, (B, …).
-# - `x`: the first state, (B, …), at `times[0]`. `times`: float64, (N + 1,), descending, N ≥ 1, with steps of different lengths. `f`, `g2`: $f$ and $g^2$ at these times, (N + 1,), float64. `lam`: a Python float, ≥ 0. `noise`: (N, B, …), in the dtype of `x`; `noise[i]` is for the step from `times[i]`.
+# - `x`: the first state, (B, …), at `times[0]`. `times`: float64, (N + 1,), descending, N ≥ 1, with steps of different lengths. `f`, `g2`: $f$ and $g^2$ at these times, (N + 1,), float64. `eta`: a Python float, ≥ 0. `noise`: (N, B, …), in the dtype of `x`; `noise[i]` is for the step from `times[i]`.
 # - Returns the last state, (B, …), in the dtype of `x`. The last step gets its noise like all others: the list ends shortly *before* the data.
 # - The clock is not always that of the course: in the cases here times run up to 13.
 #
@@ -549,23 +549,23 @@ if hw.check(corrector_step):
 
 # %%
 def sample_between(
-    score: Callable, x: Tensor, times: Tensor, f: Tensor, g2: Tensor, lam: float, noise: Tensor
+    score: Callable, x: Tensor, times: Tensor, f: Tensor, g2: Tensor, eta: float, noise: Tensor
 ) -> Tensor:
-    """Euler–Maruyama for the family between the probability-flow ODE (λ = 0) and the reverse SDE (λ = 1).
+    """Euler–Maruyama for the family between the probability-flow ODE (η = 0) and the reverse SDE (η = 1).
 
     Arguments:
         score: (x, t) → the score, with t a Python float.
         x: The state at times[0], (B, …).
         times: float64 (N + 1,), descending.
         f, g2: Drift and squared diffusion coefficient at the times, float64 (N + 1,).
-        lam: How much noise.
+        eta: How much noise.
         noise: The z of each step, (N, B, …).
     """
     # BEGIN SOLUTION
     steps = zip(times.tolist(), times.diff().tolist(), f.tolist(), g2.tolist(), noise, strict=False)
     for t, dt, pull, power, z in steps:
-        drift = pull * x - (1 + lam**2) / 2 * power * score(x, t)
-        x = x + drift * dt + lam * (power * abs(dt)) ** 0.5 * z
+        drift = pull * x - (1 + eta**2) / 2 * power * score(x, t)
+        x = x + drift * dt + eta * (power * abs(dt)) ** 0.5 * z
     return x
     # END SOLUTION
 
@@ -573,25 +573,25 @@ def sample_between(
 # %%
 if hw.check(sample_between):
     start, drawn = torch.randn(10, 1, 28, 28, generator=g), {}
-    for lam in (0.0, 1.0, 2.0):
+    for eta in (0.0, 1.0, 2.0):
         noise = torch.randn(50, *start.shape, generator=g)
-        drawn[f"λ = {lam:g}"] = sample_between(digit_score(torch.arange(10)), start, *grid(50), lam, noise)
+        drawn[f"η = {eta:g}"] = sample_between(digit_score(torch.arange(10)), start, *grid(50), eta, noise)
     plots.rows(list(drawn.values()), labels=list(drawn), title="50 steps from the same first state")
-    steps, lams = torch.tensor([25, 50, 100, 200, 400]), torch.arange(0, 1.6, 0.1)
-    off = {f"λ = {lam}": torch.stack([(end_variance(lam, n) - 1).abs() for n in steps.tolist()]) for lam in (0, 1, 2)}
-    claim("twice the steps, half the error, for each λ", all(1.8 < line[-2] / line[-1] < 2.2 for line in off.values()))
+    steps, etas = torch.tensor([25, 50, 100, 200, 400]), torch.arange(0, 1.6, 0.1)
+    off = {f"η = {eta}": torch.stack([(end_variance(eta, n) - 1).abs() for n in steps.tolist()]) for eta in (0, 1, 2)}
+    claim("twice the steps, half the error, for each η", all(1.8 < line[-2] / line[-1] < 2.2 for line in off.values()))
     plots.curves(steps, off, "number of steps", "error of the variance, relative", logx=True, logy=True)
-    wide = torch.stack([end_variance(lam, 400, start=2.0) for lam in lams.tolist()])
+    wide = torch.stack([end_variance(eta, 400, start=2.0) for eta in etas.tolist()])
     claim("the ODE keeps a wrong start, the SDE forgets it", abs(wide[0] - 2) < 0.02 and abs(wide[10] - 1) < 0.02)
-    plots.curves(lams, {"twice at the start": wide}, "λ", "variance at the end, relative")
+    plots.curves(etas, {"twice at the start": wide}, "η", "variance at the end, relative")
 
 # %% [markdown]
-# **What to see.** Above: one start, three samplers. The ODE's digits are clean; with $\lambda = 1$ there is a trace of grain, with $\lambda = 2$ much of it: 50 steps are too long for so strong a pull. The middle: for $\mathcal N(0, \frac14)$ data every $\lambda$ leads to the right variance as the steps get shorter, with an error like one over their number. More noise costs more steps. Below: the variance at the end, if at $t = 1$ it was twice what it should be.
+# **What to see.** Above: one start, three samplers. The ODE's digits are clean; with $\eta = 1$ there is a trace of grain, with $\eta = 2$ much of it: 50 steps are too long for so strong a pull. The middle: for $\mathcal N(0, \frac14)$ data every $\eta$ leads to the right variance as the steps get shorter, with an error like one over their number. More noise costs more steps. Below: the variance at the end, if at $t = 1$ it was twice what it should be.
 #
-# **Question.** The last figure says why anybody would take $\lambda>0$. Explain it: split the equation into the ODE and the rest. What kind of dynamics is the rest, and what does it leave unchanged?
+# **Question.** The last figure says why anybody would take $\eta>0$. Explain it: split the equation into the ODE and the rest. What kind of dynamics is the rest, and what does it leave unchanged?
 #
 # <!-- BEGIN SOLUTION -->
-# The rest is $-\frac12\lambda^2g^2\,s\,dt+\lambda\,g\,d\bar w$. With $dt = -\lvert dt\rvert$ and $\delta = \frac12\lambda^2g^2\lvert dt\rvert$ it is $\delta\,s+\sqrt{2\delta}\,z$: Langevin dynamics at time $t$, whose equilibrium is $p_t$. So each step of the family is a step of the ODE and a step of a corrector, in one. If the cloud is right, the corrector does nothing to its density. If it is wrong, by its start, by earlier steps or by errors of the score, it is pulled back towards $p_t$. The ODE is a map: whatever is wrong at the start is carried to the end. What the noise costs is shorter steps, for the pull has grown by the factor $1+\lambda^2$. (And a score that is wrong itself is not mended: the corrector then pulls towards the wrong density.)
+# The rest is $-\frac12\eta^2g^2\,s\,dt+\eta\,g\,d\bar w$. With $dt = -\lvert dt\rvert$ and $\delta = \frac12\eta^2g^2\lvert dt\rvert$ it is $\delta\,s+\sqrt{2\delta}\,z$: Langevin dynamics at time $t$, whose equilibrium is $p_t$. So each step of the family is a step of the ODE and a step of a corrector, in one. If the cloud is right, the corrector does nothing to its density. If it is wrong, by its start, by earlier steps or by errors of the score, it is pulled back towards $p_t$. The ODE is a map: whatever is wrong at the start is carried to the end. What the noise costs is shorter steps, for the pull has grown by the factor $1+\eta^2$. (And a score that is wrong itself is not mended: the corrector then pulls towards the wrong density.)
 # <!-- END SOLUTION -->
 
 # %% [markdown]

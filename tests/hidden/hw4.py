@@ -816,147 +816,147 @@ CORRECTOR = Exercise(
 
 
 def walking(step):
-    """A sampler from a step (x, score at t, dt, f, g², λ, z) → x at t + dt."""
+    """A sampler from a step (x, score at t, dt, f, g², η, z) → x at t + dt."""
 
     @functools.wraps(step)
-    def sample(score, x, times, f, g2, lam, noise):
+    def sample(score, x, times, f, g2, eta, noise):
         for i, (t, dt) in enumerate(zip(times[:-1].tolist(), times.diff().tolist(), strict=True)):
-            x = step(x, score(x, t), dt, f[i].item(), g2[i].item(), lam, noise[i])
+            x = step(x, score(x, t), dt, f[i].item(), g2[i].item(), eta, noise[i])
         return x
 
     return sample
 
 
-def drift_of(x, s, f, g2, lam):
-    return f * x - (1 + lam**2) / 2 * g2 * s
+def drift_of(x, s, f, g2, eta):
+    return f * x - (1 + eta**2) / 2 * g2 * s
 
 
 @walking
-def sample_between(x, s, dt, f, g2, lam, z):
-    return x + drift_of(x, s, f, g2, lam) * dt + lam * math.sqrt(g2 * -dt) * z
+def sample_between(x, s, dt, f, g2, eta, z):
+    return x + drift_of(x, s, f, g2, eta) * dt + eta * math.sqrt(g2 * -dt) * z
 
 
 @walking
-def between_positive(x, s, dt, f, g2, lam, z):
-    return x - drift_of(x, s, f, g2, lam) * dt + lam * math.sqrt(g2 * -dt) * z
+def between_positive(x, s, dt, f, g2, eta, z):
+    return x - drift_of(x, s, f, g2, eta) * dt + eta * math.sqrt(g2 * -dt) * z
 
 
 @walking
-def between_lam_not_squared(x, s, dt, f, g2, lam, z):
-    return x + (f * x - (1 + lam) / 2 * g2 * s) * dt + lam * math.sqrt(g2 * -dt) * z
+def between_eta_not_squared(x, s, dt, f, g2, eta, z):
+    return x + (f * x - (1 + eta) / 2 * g2 * s) * dt + eta * math.sqrt(g2 * -dt) * z
 
 
 @walking
-def between_g(x, s, dt, f, g2, lam, z):
-    return x + drift_of(x, s, f, math.sqrt(g2), lam) * dt + lam * math.sqrt(g2 * -dt) * z
+def between_g(x, s, dt, f, g2, eta, z):
+    return x + drift_of(x, s, f, math.sqrt(g2), eta) * dt + eta * math.sqrt(g2 * -dt) * z
 
 
 @walking
-def between_noise_g2(x, s, dt, f, g2, lam, z):
-    return x + drift_of(x, s, f, g2, lam) * dt + lam * g2 * math.sqrt(-dt) * z
+def between_noise_g2(x, s, dt, f, g2, eta, z):
+    return x + drift_of(x, s, f, g2, eta) * dt + eta * g2 * math.sqrt(-dt) * z
 
 
 @walking
-def between_no_root(x, s, dt, f, g2, lam, z):
-    return x + drift_of(x, s, f, g2, lam) * dt - lam * math.sqrt(g2) * dt * z
+def between_no_root(x, s, dt, f, g2, eta, z):
+    return x + drift_of(x, s, f, g2, eta) * dt - eta * math.sqrt(g2) * dt * z
 
 
 @walking
-def between_no_noise(x, s, dt, f, g2, lam, z):
-    return x + drift_of(x, s, f, g2, lam) * dt
+def between_no_noise(x, s, dt, f, g2, eta, z):
+    return x + drift_of(x, s, f, g2, eta) * dt
 
 
 @walking
-def between_no_half(x, s, dt, f, g2, lam, z):
-    return x + (f * x - (1 + lam**2) * g2 * s) * dt + lam * math.sqrt(g2 * -dt) * z
+def between_no_half(x, s, dt, f, g2, eta, z):
+    return x + (f * x - (1 + eta**2) * g2 * s) * dt + eta * math.sqrt(g2 * -dt) * z
 
 
 @walking
-def between_half_of_1(x, s, dt, f, g2, lam, z):
-    return x + (f * x - (0.5 + lam**2) * g2 * s) * dt + lam * math.sqrt(g2 * -dt) * z
+def between_half_of_1(x, s, dt, f, g2, eta, z):
+    return x + (f * x - (0.5 + eta**2) * g2 * s) * dt + eta * math.sqrt(g2 * -dt) * z
 
 
 @walking
-def between_sde(x, s, dt, f, g2, lam, z):
+def between_sde(x, s, dt, f, g2, eta, z):
     return x + drift_of(x, s, f, g2, 1.0) * dt + math.sqrt(g2 * -dt) * z
 
 
 @walking
-def between_sde_weak_noise(x, s, dt, f, g2, lam, z):
-    return x + drift_of(x, s, f, g2, 1.0) * dt + lam * math.sqrt(g2 * -dt) * z
+def between_sde_weak_noise(x, s, dt, f, g2, eta, z):
+    return x + drift_of(x, s, f, g2, 1.0) * dt + eta * math.sqrt(g2 * -dt) * z
 
 
 @walking
-def between_full_noise(x, s, dt, f, g2, lam, z):
-    return x + drift_of(x, s, f, g2, lam) * dt + math.sqrt(g2 * -dt) * z
+def between_full_noise(x, s, dt, f, g2, eta, z):
+    return x + drift_of(x, s, f, g2, eta) * dt + math.sqrt(g2 * -dt) * z
 
 
 @walking
-def between_lam2_noise(x, s, dt, f, g2, lam, z):
-    return x + drift_of(x, s, f, g2, lam) * dt + lam**2 * math.sqrt(g2 * -dt) * z
+def between_eta2_noise(x, s, dt, f, g2, eta, z):
+    return x + drift_of(x, s, f, g2, eta) * dt + eta**2 * math.sqrt(g2 * -dt) * z
 
 
 @walking
-def between_plus_score(x, s, dt, f, g2, lam, z):
-    return x + drift_of(x, -s, f, g2, lam) * dt + lam * math.sqrt(g2 * -dt) * z
+def between_plus_score(x, s, dt, f, g2, eta, z):
+    return x + drift_of(x, -s, f, g2, eta) * dt + eta * math.sqrt(g2 * -dt) * z
 
 
-def between_next_coefficients(score, x, times, f, g2, lam, noise):
-    return sample_between(score, x, times, f[1:], g2[1:], lam, noise)
+def between_next_coefficients(score, x, times, f, g2, eta, noise):
+    return sample_between(score, x, times, f[1:], g2[1:], eta, noise)
 
 
-def between_asks_later(score, x, times, f, g2, lam, noise):
+def between_asks_later(score, x, times, f, g2, eta, noise):
     for i, (t, s) in enumerate(pairwise(times.tolist())):
-        x = x + drift_of(x, score(x, s), f[i].item(), g2[i].item(), lam) * (s - t)
-        x = x + lam * math.sqrt(g2[i] * (t - s)) * noise[i]
+        x = x + drift_of(x, score(x, s), f[i].item(), g2[i].item(), eta) * (s - t)
+        x = x + eta * math.sqrt(g2[i] * (t - s)) * noise[i]
     return x
 
 
-def between_equal_steps(score, x, times, f, g2, lam, noise):
+def between_equal_steps(score, x, times, f, g2, eta, noise):
     dt = (times[-1] - times[0]).item() / (len(times) - 1)
     for i, t in enumerate(times[:-1].tolist()):
-        x = x + drift_of(x, score(x, t), f[i].item(), g2[i].item(), lam) * dt
-        x = x + lam * math.sqrt(g2[i] * -dt) * noise[i]
+        x = x + drift_of(x, score(x, t), f[i].item(), g2[i].item(), eta) * dt
+        x = x + eta * math.sqrt(g2[i] * -dt) * noise[i]
     return x
 
 
-def between_no_last_noise(score, x, times, f, g2, lam, noise):
+def between_no_last_noise(score, x, times, f, g2, eta, noise):
     quiet = torch.cat([noise[:-1], torch.zeros_like(noise[-1:])])
-    return sample_between(score, x, times, f, g2, lam, quiet)
+    return sample_between(score, x, times, f, g2, eta, quiet)
 
 
-def between_from_a_table(score, x, times, f, g2, lam, noise):
+def between_from_a_table(score, x, times, f, g2, eta, noise):
     """All coefficients at once, in double precision."""
     h = times[:-1] - times[1:]
-    keep, climb, spread = 1 - f[:-1] * h, (1 + lam * lam) * g2[:-1] * h / 2, lam * (g2[:-1] * h).sqrt()
+    keep, climb, spread = 1 - f[:-1] * h, (1 + eta * eta) * g2[:-1] * h / 2, eta * (g2[:-1] * h).sqrt()
     state = x.double()
     for i in range(len(h)):
         state = keep[i] * state + climb[i] * score(state, times[i].item()) + spread[i] * noise[i].double()
     return state.to(x.dtype)
 
 
-def between_in_two_parts(score, x, times, f, g2, lam, noise):
-    """A step of the ODE, and a step of Langevin dynamics with δ = λ² g² h / 2: what they add together."""
+def between_in_two_parts(score, x, times, f, g2, eta, noise):
+    """A step of the ODE, and a step of Langevin dynamics with δ = η² g² h / 2: what they add together."""
     for i in range(len(noise)):
         h, s = times[i] - times[i + 1], score(x, times[i].item())
         flow = -(f[i] * h).to(x) * x + (g2[i] * h / 2).to(x) * s
-        delta = (lam**2 * g2[i] * h / 2).to(x)
+        delta = (eta**2 * g2[i] * h / 2).to(x)
         x = x + flow + delta * s + torch.sqrt(2 * delta) * noise[i]
     return x
 
 
-def between_recursively(score, x, times, f, g2, lam, noise):
+def between_recursively(score, x, times, f, g2, eta, noise):
     if not len(noise):
         return x
     t, s = times[0].item(), times[1].item()
     pull, gain = float(f[0]), math.sqrt(float(g2[0]))
     ode = pull * x - gain**2 * score(x, t) / 2
-    extra = -((lam * gain) ** 2) * score(x, t) / 2
-    x = x - (t - s) * (ode + extra) + lam * gain * (t - s) ** 0.5 * noise[0]
-    return between_recursively(score, x, times[1:], f[1:], g2[1:], lam, noise[1:])
+    extra = -((eta * gain) ** 2) * score(x, t) / 2
+    x = x - (t - s) * (ode + extra) + eta * gain * (t - s) ** 0.5 * noise[0]
+    return between_recursively(score, x, times[1:], f[1:], g2[1:], eta, noise[1:])
 
 
-def back(g, shape, count, lam, dtype=SINGLE):
+def back(g, shape, count, eta, dtype=SINGLE):
     """A grid of `count` steps of unequal length, every time in a cell of its own of the score's table."""
     times = torch.arange(2 * count, -1, -2, dtype=DOUBLE) + uniform(g, 0, 0.9, count + 1)
     drawn = torch.rand(2, 2 * count + 1, generator=g, dtype=DOUBLE)
@@ -966,7 +966,7 @@ def back(g, shape, count, lam, dtype=SINGLE):
         "times": times,
         "f": -uniform(g, 0.05, 0.25, count + 1),
         "g2": uniform(g, 0.1, 0.4, count + 1),
-        "lam": lam,
+        "eta": eta,
         "noise": normal(g, (count, *shape), dtype),
     }
 
@@ -988,7 +988,7 @@ BETWEEN = Exercise(
         ],
     ),
     hidden={
-        "any λ": Group(
+        "any η": Group(
             1,
             lambda g: [
                 back(g, (5, 2), 6, number(g, 0.3, 0.8)),
@@ -1008,9 +1008,9 @@ BETWEEN = Exercise(
             between_positive,
             "The equation runs back from t to s: dt = s − t is negative. Only under the root stands its size.",
         ),
-        "you wrote λ for λ² in the drift": (
-            between_lam_not_squared,
-            "The drift has to make good for the variance of the noise, λ² g² dt. So λ is squared there.",
+        "you wrote η for η² in the drift": (
+            between_eta_not_squared,
+            "The drift has to make good for the variance of the noise, η² g² dt. So η is squared there.",
         ),
         "you multiplied the score by g": (
             between_g,
@@ -1018,7 +1018,7 @@ BETWEEN = Exercise(
         ),
         "you multiplied the noise by g²": (
             between_noise_g2,
-            "In a step the noise has variance λ² g² |dt|. Its factor is the root.",
+            "In a step the noise has variance η² g² |dt|. Its factor is the root.",
         ),
         "you multiplied the noise by |dt|": (
             between_no_root,
@@ -1026,31 +1026,31 @@ BETWEEN = Exercise(
         ),
         "you left out the noise": (
             between_no_noise,
-            "Only λ = 0 has none. The drift with λ > 0 pulls the samples together, and the noise has to keep them apart.",
+            "Only η = 0 has none. The drift with η > 0 pulls the samples together, and the noise has to keep them apart.",
         ),
         "you forgot the ½": (
             between_no_half,
-            "λ = 0 must be the probability-flow ODE, f x − ½g² s, and λ = 1 the reverse SDE, f x − g² s.",
+            "η = 0 must be the probability-flow ODE, f x − ½g² s, and η = 1 the reverse SDE, f x − g² s.",
         ),
-        "you took ½ + λ² for ½(1 + λ²)": (
+        "you took ½ + η² for ½(1 + η²)": (
             between_half_of_1,
-            "At λ = 1 that is 3/2, but the reverse SDE has the factor 1.",
+            "At η = 1 that is 3/2, but the reverse SDE has the factor 1.",
         ),
-        "you took the reverse SDE whatever λ is": (
+        "you took the reverse SDE whatever η is": (
             between_sde,
-            "It is the case λ = 1. λ stands in two places: as λ² in the drift, as λ beside the noise.",
+            "It is the case η = 1. η stands in two places: as η² in the drift, as η beside the noise.",
         ),
-        "you scaled the noise by λ, and not the drift": (
+        "you scaled the noise by η, and not the drift": (
             between_sde_weak_noise,
-            "Less noise with the same pull makes the cloud too narrow. The drift's factor is ½(1 + λ²).",
+            "Less noise with the same pull makes the cloud too narrow. The drift's factor is ½(1 + η²).",
         ),
-        "you scaled the drift by λ, and not the noise": (
+        "you scaled the drift by η, and not the noise": (
             between_full_noise,
-            "The noise is λ g dw̄: for λ = 0 there is none.",
+            "The noise is η g dw̄: for η = 0 there is none.",
         ),
-        "you wrote λ² beside the noise": (
-            between_lam2_noise,
-            "λ² is in the variance; the factor of the noise is λ.",
+        "you wrote η² beside the noise": (
+            between_eta2_noise,
+            "η² is in the variance; the factor of the noise is η.",
         ),
         "you added the score where it is subtracted": (
             between_plus_score,

@@ -235,8 +235,8 @@ def test_lambda_1_is_the_kernel_and_lambda_0_the_ode(path):
     near(REFERENCE["sample_between"](score, x, TIMES, *rates(path, TIMES), 0.0, noise), y, 1e-5)
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 2.0])
-def test_all_members_lead_to_the_same_density_as_steps_get_short(lam):
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 2.0])
+def test_all_members_lead_to_the_same_density_as_steps_get_short(eta):
     """The last state is linear in the start and in each z, so its variance is known without a draw."""
     path, gaps = VP(), []
     for steps in (200, 400, 800):
@@ -244,10 +244,10 @@ def test_all_members_lead_to_the_same_density_as_steps_get_short(lam):
         first, last = (path.alpha(t) ** 2 * VARIANCE + path.sigma(t) ** 2 for t in (1.0, 0.01))
         single = torch.eye(steps + 1, dtype=torch.float64)
         score = gaussian_score(path)
-        end = REFERENCE["sample_between"](score, first.sqrt() * single[0], times, *rates(path, times), lam, single[1:])
+        end = REFERENCE["sample_between"](score, first.sqrt() * single[0], times, *rates(path, times), eta, single[1:])
         gaps.append((end.square().sum() / last - 1).item())
     assert abs(gaps[-1]) < 0.01
-    assert lam == 0.5 or all(1.8 < before / after < 2.3 for before, after in itertools.pairwise(gaps))
+    assert eta == 0.5 or all(1.8 < before / after < 2.3 for before, after in itertools.pairwise(gaps))
 
 
 def test_a_short_step_is_that_of_ddim_with_lambda_for_eta():
