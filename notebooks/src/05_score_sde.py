@@ -343,7 +343,7 @@ for eta in (0.0, 0.5, 1.0, 2.0):
 # %% [markdown]
 # ### 2.2 There and back again
 #
-# We walk 10,000 points of the mixture to noise with the forward SDE, and another 10,000 points from noise (drawn from the exact $p_1$) back to data with the reverse one, with the exact score. (It stops at $t = 0.002$. Where data have no density, as grey levels, the score is infinite at 0, so every sampler of this notebook stops at some $t_{\min}>0$.) At every time on the way the two clouds must have the density $p_t$. The Kolmogorov–Smirnov distance is the largest gap between a cloud's distribution function and the exact one. Times $\sqrt n$, for $n$ exact samples, it exceeds 2 less than once in a thousand times; we allow 2.2, for the steps have an error of their own.
+# We walk 5,000 points of the mixture to noise with the forward SDE, and another 5,000 points from noise (drawn from the exact $p_1$) back to data with the reverse one, with the exact score. (It stops at $t = 0.002$. Where data have no density, as grey levels, the score is infinite at 0, so every sampler of this notebook stops at some $t_{\min}>0$.) At every time on the way the two clouds must have the density $p_t$. The Kolmogorov–Smirnov distance is the largest gap between a cloud's distribution function and the exact one. Times $\sqrt n$, for $n$ exact samples, it exceeds 2 less than once in a thousand times; we allow 2.2, for the steps have an error of their own.
 #
 # `samplers.euler_maruyama` takes a denoiser and turns it into a score: $\nabla\log p_t(x) = \bigl(\alpha\,\mathbb E[x_0\mid x_t=x] - x\bigr)/\sigma^2$. Section 3.3 shows why.
 
@@ -365,13 +365,13 @@ def normal(*shape):
 
 
 # %%
-path, times, number = VP(), torch.linspace(1, 0.002, 1001, dtype=double), 10_000
+path, times, number = VP(), torch.linspace(1, 0.002, 601, dtype=double), 5_000
 start = path.perturb(line.sample(number, g), 1.0, normal(number, 1))
 back = list(samplers.euler_maruyama(line.denoiser(path), path, start, times, generator=g))
 first = path.perturb(line.sample(number, g), times[-1], normal(number, 1))
 there = list(samplers.forward_euler_maruyama(path, first, times.flip(0), generator=g))
-for i in (200, 500, 700, 850, 1000):  # back[i - 1] is at times[i], and so is there[999 - i]
-    t, forward = times[i].item(), there[999 - i] if i < 1000 else first
+for i in (120, 300, 420, 510, 600):  # back[i - 1] is at times[i], and so is there[599 - i]
+    t, forward = times[i].item(), there[599 - i] if i < 600 else first
     claim(
         f"t = {t:.2f}: both clouds have the density p_t",
         misfit(forward, path, t) < 2.2 and misfit(back[i - 1], path, t) < 2.2,
@@ -419,7 +419,7 @@ made
 # And the other members of the family? *Move $\eta$ and watch the walks, then the histogram.*
 
 # %%
-few, few_times = start[:400], torch.linspace(1, 0.002, 151, dtype=double)
+few, few_times = start[:400], torch.linspace(1, 0.002, 101, dtype=double)
 
 
 def family(eta):
@@ -437,7 +437,7 @@ def family(eta):
     return made
 
 
-widgets.explore(family, eta=([0.0, 0.3, 0.6, 1.0, 1.5], 0.0))
+widgets.explore(family, eta=([0.0, 0.5, 1.0, 1.5], 0.0))
 
 # %% [markdown]
 # With $\eta = 0$ the walks are smooth, and never meet at the same $t$: where a point ends is decided by where it starts. With $\eta = 1$ they look like the forward walks of 1.3 (this *is* their reverse). Still the histograms at the end agree, whatever $\eta$ is.
@@ -746,8 +746,8 @@ def with_slices(step):
 # %%
 def trained(loss, batch):
     torch.manual_seed(0)
-    model = Denoiser(nets.MLP(2, width=64, depth=2), path, predicts="eps")
-    return training.fit(model, loss, batch, steps=300, lr=5e-3, ema=0.99, precision="float32", progress=False).ema
+    model = Denoiser(nets.MLP(2, width=64, depth=1), path, predicts="eps")
+    return training.fit(model, loss, batch, steps=250, lr=5e-3, ema=0.99, precision="float32", progress=False).ema
 
 
 def plain_slices(d, **batch):
@@ -913,7 +913,7 @@ def walks(count, increments):
 
 
 # %%
-fine = torch.linspace(-5, 5, 1001, dtype=double)[:, None]
+fine = torch.linspace(-4.5, 4.5, 901, dtype=double)[:, None]
 
 
 def spread_out(p, mean, deviation):
@@ -1191,7 +1191,7 @@ rows = {}
 for name, path in {"cosine": Cosine(), "VP": VP(), "sub-VP": SubVP(), "VE": VE(0.01, 150.0)}.items():
     d = clipped(on_path(lambda xt, t: digit_model(xt, t, y=labels), digit_model.path, path))
     bottom, top = path.time_at(torch.tensor([9.0, -10.0])).tolist()  # where log-SNR is 9 and −10
-    grid = torch.linspace(top, bottom, 26, dtype=double).tolist()  # equal steps by the path's own clock
+    grid = torch.linspace(top, bottom, 21, dtype=double).tolist()  # equal steps by the path's own clock
     start = path.sigma(grid[0]).item() * eps
     rows[name] = samplers.last(samplers.heun(d, path, start, [*grid, 0.0]))
 apart = max((rows["cosine"] - row).abs().mean() for row in rows.values())
@@ -1256,7 +1256,7 @@ for setting in ({"name": "Heun", "evaluations": 10}, {"name": "Euler–Maruyama"
     claim(f"{setting['name']}: the brightness of the row's first 20 digits, drawn anew, agrees to 0.002", same)
 
 # %% [markdown]
-# With 10 or 20 evaluations the ODE is in front: Heun's order is 2, that of the others 1. Ancestral sampling comes next. Euler–Maruyama needs about 50, for a step of $h = 0.1$ at $\beta\approx20$ makes $\frac12\beta h = 1$, and that should be far below 1. At equal evaluations the two with a corrector have half the predictor steps, and steps twice as long; so up to 50 they come last. (Measured once: with ancestral sampling as the predictor a corrector gets 0.9 with 20 evaluations, and not 8; ancestral sampling alone gets 0.2.) From 100 evaluations on all are about as near to real digits as real digits are (grey line, the floor of 1,000 against 1,000), and what differs is within the chance of this measure, about 0.02. `dopri5` pays for its caution: it makes more than 60 evaluations even when asked for little.
+# With 10 or 20 evaluations the ODE is in front: Heun's order is 2, that of the others 1. Ancestral sampling comes next. Euler–Maruyama needs about 50, for a step of $h = 0.1$ at $\beta\approx20$ makes $\frac12\beta h = 1$, and that should be far below 1. At equal evaluations the two with a corrector have half the predictor steps, and steps twice as long; so up to 50 they come last. (Measured once: with ancestral sampling as the predictor a corrector gets 0.9 with 20 evaluations, and not 8; ancestral sampling alone gets 0.2.) From 100 evaluations on all are about as near to real digits as real digits are (grey line, the floor of 1,000 against 1,000), and what differs is within the chance of this measure: at 200 evaluations two seeds of one sampler are 0.06 apart. `dopri5` pays for its caution: it makes more than 60 evaluations even when asked for little.
 #
 # Song and others found the corrector worth its price, with far more evaluations, on another network and other images. An experiment answers the question that was asked.
 #
@@ -1340,7 +1340,7 @@ claim("means of ten: a tenth of the variance, to 5 %", abs(groups.var() / expect
 # - **Uniform dequantisation.** Spread each grey level evenly over its bin of width $2/255$, by a uniform $\xi$, and take the density there: $-\log P(x_0)\le-\mathbb E\log p_{t_{\min}}(x_0+\xi) - 784\log\frac2{255}$. This is what notebook 02 did with its flow. But our network has never seen such noise. It thinks that pixels are exact grey levels plus Gaussian noise of deviation $\sigma(t_{\min})$.
 # - **The path's own noise.** Draw $x_{t_{\min}} = \alpha x_0+\sigma\epsilon$, as in training, and go from there to the grey level with the last step $L_0$ of notebook 03, section 8. By Jensen's inequality $-\log P(x_0)\le\mathbb E\bigl[\log q(x_{t_{\min}}\mid x_0)-\log p_{t_{\min}}(x_{t_{\min}})+L_0\bigr]$. This is a bound for the model "ODE from 1 to $t_{\min}$, then one noisy step".
 #
-# We take $t_{\min} = 0.01$, where $\sigma$ is 0.0157 (twice the width of a bin), ten digits with their labels given, one probe for each, and 10 Runge–Kutta steps. (Measured once: with 20 steps the result changes by 0.01. A probe is drawn once and kept on the whole way, so that what is integrated stays smooth in $t$.) Beside it stands the bound of the chain, the *SDE's* counterpart: the same $t_{\min}$, the same last step, and 25, 50 and 100 steps.
+# We take $t_{\min} = 0.01$, where $\sigma$ is 0.0157 (twice the width of a bin), ten digits with their labels given, one probe for each, and 8 Runge–Kutta steps. (Measured once: with 20 steps the result changes by 0.02. A probe is drawn once and kept on the whole way, so that what is integrated stays smooth in $t$.) Beside it stands the bound of the chain, the *SDE's* counterpart: the same $t_{\min}$, the same last step, and 25 or 100 steps.
 
 # %%
 pictures, classes = data.images(data.load("mnist", "test"))
@@ -1355,18 +1355,18 @@ def squared(steps):
 # %%
 z = torch.randn(chosen.shape, generator=g)
 noised = path.perturb(chosen, t_min, z)
-log_p = likelihood.ode_log_prob(d, path, noised, squared(10), probes=1, generator=g)
+log_p = likelihood.ode_log_prob(d, path, noised, squared(8), probes=1, generator=g)
 log_q = torch.distributions.Normal(0.0, 1.0).log_prob(z).flatten(1).sum(1) - 784 * math.log(path.sigma(t_min))
 with torch.no_grad():
     end = losses.bound_term(d, path, chosen, noised, 0.0, t_min, bins=256)
 bits = {"ODE": likelihood.bits_per_dim(log_q - log_p + end, chosen)}
-for steps in (25, 50, 100):
+for steps in (25, 100):
     terms = likelihood.bound(
         d, path, chosen, [*squared(steps).tolist(), 0.0], variance="posterior", bins=256, generator=g
     )
     bits[f"chain, {steps} steps"] = likelihood.bits_per_dim(terms.sum(0), chosen)
 evenly = chosen + (torch.rand(chosen.shape, generator=g) - 0.5) * 2 / 255
-log_p = likelihood.ode_log_prob(d, path, evenly, squared(10), probes=1, generator=g)
+log_p = likelihood.ode_log_prob(d, path, evenly, squared(8), probes=1, generator=g)
 bits["ODE, uniform"] = likelihood.bits_per_dim(-log_p, chosen) + math.log2(255 / 2)
 
 # %%
@@ -1376,10 +1376,7 @@ claim(
     "on average the ODE's bound is below the chain's of 100 steps",
     bits["ODE"].mean() < bits["chain, 100 steps"].mean() - 0.02,
 )
-claim(
-    "the chain's bound falls with its steps",
-    bits["chain, 25 steps"].mean() > bits["chain, 50 steps"].mean() > bits["chain, 100 steps"].mean(),
-)
+claim("the chain's bound falls with its steps", bits["chain, 25 steps"].mean() > bits["chain, 100 steps"].mean())
 # %%
 sure = likelihood.bits_per_dim(
     losses.bound_term(lambda xt, t: chosen, path, chosen, noised, 0.0, t_min, bins=256), chosen
@@ -1504,9 +1501,9 @@ plots.rows(between, labels=["4 → 9", "1 → 7", "3 → 8"])
 # %%
 straight = Straight()
 torch.manual_seed(0)
-model = Denoiser(nets.MLP(2, width=64, depth=2), straight, predicts="velocity")
+model = Denoiser(nets.MLP(2, width=64, depth=1), straight, predicts="velocity")
 batch = training.batches(on_circle, straight, size=256)
-flow = training.fit(model, losses.simple, batch, steps=600, lr=5e-3, ema=0.99, precision="float32", progress=False).ema
+flow = training.fit(model, losses.simple, batch, steps=500, lr=5e-3, ema=0.99, precision="float32", progress=False).ema
 x0, eps = torch.randn(2, 500, 2, generator=g)
 t = torch.rand(500, generator=g) * 0.98 + 0.01
 times_w = (1 / t.square() * (x0 - flow(straight.perturb(x0, t, eps), t)).square().sum(1) / 2).mean()
