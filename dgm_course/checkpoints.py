@@ -14,7 +14,7 @@ from torch import nn
 from dgm_course import flows, gan, nets, paths, vae
 from dgm_course.denoisers import Denoiser
 
-__all__ = ["build", "load", "names", "save"]
+__all__ = ["build", "load", "names", "path_of", "save"]
 
 FOLDER = Path(__file__).parent / "weights"
 
@@ -82,9 +82,13 @@ def build(card: dict) -> Denoiser | nn.Module:
     net = getattr(nets, net.pop("class"))(**net)
     if "classifies" in card:
         return net
-    path = dict(card["path"])
-    path = getattr(paths, path.pop("class"))(**path)
-    return Denoiser(net, path, predicts=card["predicts"])
+    return Denoiser(net, path_of(card), predicts=card["predicts"], learned_variance=card.get("learned_variance", False))
+
+
+def path_of(card: dict) -> paths.GaussianPath:
+    """The path that a card names, `"path": {"class": "Cosine", …}`."""
+    settings = dict(card["path"])
+    return getattr(paths, settings.pop("class"))(**settings)
 
 
 def save(name: str, model: Denoiser | nn.Module, card: dict, folder: str | Path) -> None:

@@ -44,36 +44,41 @@ class Denoiser(nn.Module):
 
     def output(self, xt: Tensor, t: Time, **cond) -> Tensor:
         """What the network says, in its own units: the quantity that `predicts` names, of the shape of `xt`."""
-        return self._split(xt, t, **cond)[0]
+        return self.outputs(xt, t, **cond)[0]
 
     def forward(self, xt: Tensor, t: Time, **cond) -> Tensor:
         return self.path.convert(self.output(xt, t, **cond), xt, t, given=self.predicts, to="x0")
 
     def with_variance(self, xt: Tensor, t: Time, **cond) -> tuple[Tensor, Tensor]:
-        r"""x̂_0, and the fraction w of :math:`\log\Sigma_\theta = w\log\beta_t + (1-w)\log\tilde\beta_t`, both of the shape of `xt`.
+        r"""x̂_0, and the fraction v of :math:`\log\Sigma_\theta = v\log\beta_t + (1-v)\log\tilde\beta_t`, both of the shape of `xt`.
 
         Raises:
             ValueError: If the network was not declared with `learned_variance=True`.
         """
         if not self.learned_variance:
             raise ValueError("with_variance needs a Denoiser built with learned_variance=True")
-        output, fraction = self._split(xt, t, **cond)
-        return self.path.convert(output, xt, t, given=self.predicts, to="x0"), (fraction + 1) / 2
+        output, fraction = self.outputs(xt, t, **cond)
+        return self.path.convert(output, xt, t, given=self.predicts, to="x0"), fraction
 
-    def _split(self, xt: Tensor, t: Time, **cond) -> tuple[Tensor, Tensor | None]:
+    def outputs(self, xt: Tensor, t: Time, **cond) -> tuple[Tensor, Tensor | None]:
+        """All that the network says: `output`, and the fraction of the log-variance, None unless it is learned."""
         output = self.net(xt, self.path.units(t, xt.shape[0], xt.device), **cond)
         shape = (len(xt), 2 * xt.shape[1], *xt.shape[2:]) if self.learned_variance else xt.shape
         if output.shape != shape:
             raise ValueError(
                 f"net must return shape {tuple(shape)} for xt of shape {tuple(xt.shape)}; got {tuple(output.shape)}"
             )
-        return output.chunk(2, dim=1) if self.learned_variance else (output, None)
+        if not self.learned_variance:
+            return output, None
+        output, fraction = output.chunk(2, dim=1)
+        return output, (fraction + 1) / 2  # −1 and 1 stand for β̃ and β
 
 
 def clipped(d: Callable, low: float = -1.0, high: float = 1.0) -> Callable:
     """The same denoiser with x̂_0 held in [low, high], the range of images. Put it on last, outside guidance.
 
-    Samplers work out ε̂ from the x̂_0 they are given, so that the two stay consistent after clipping.
+    Samplers work out ε̂ from the x̂_0 they are given, so that the two stay consistent after clipping. Of a pair (x̂_0, fraction), as
+    `Denoiser.with_variance` gives, the first is held.
 
     Raises:
         ValueError: If low ≥ high.
@@ -85,7 +90,12 @@ def clipped(d: Callable, low: float = -1.0, high: float = 1.0) -> Callable:
     """
     if not low < high:
         raise ValueError(f"low must be less than high; got {low} and {high}")
-    return lambda xt, t, **cond: d(xt, t, **cond).clamp(low, high)
+
+    def held(xt: Tensor, t: Time, **cond):
+        out = d(xt, t, **cond)
+        return (out[0].clamp(low, high), *out[1:]) if isinstance(out, tuple) else out.clamp(low, high)
+
+    return held
 
 
 def read_as(quantity: str, d: Callable, path: GaussianPath) -> Callable:

@@ -22,7 +22,7 @@ def bound(
     x0: Tensor,
     times,
     *,
-    variance: str = "beta",
+    variance: str | float = "beta",
     bins: int | None = None,
     prior_std: float = 1.0,
     generator: torch.Generator | None = None,

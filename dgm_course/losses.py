@@ -8,7 +8,7 @@ from torch import Tensor
 from dgm_course.denoisers import Denoiser
 from dgm_course.paths.base import GaussianPath, Time, expand, same_shape
 
-__all__ = ["bound_term", "dsm", "esm", "jacobian_trace", "simple", "ssm"]
+__all__ = ["bound_term", "dsm", "esm", "hybrid", "jacobian_trace", "simple", "ssm"]
 
 
 def simple(d: Denoiser, x0: Tensor, t: Time, eps: Tensor, weight: Tensor | None = None, **cond) -> Tensor:
@@ -207,23 +207,23 @@ def _mean(error: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def bound_term(
-    d, path: GaussianPath, x0: Tensor, xt: Tensor, s: Time, t: Time, *, variance: str = "beta", bins: int | None = None
+    d, path: GaussianPath, x0: Tensor, xt: Tensor, s: Time, t: Time, *, variance="beta", bins: int | None = None
 ) -> Tensor:
     r"""One term of the variational bound for each sample, in nats: what the step from t to s costs.
 
     .. math:: L = D_{KL}\bigl(q(x_s \mid x_t, x_0)\,\Vert\,p_\theta(x_s \mid x_t)\bigr)\ \text{for}\ s > 0,
               \qquad L = -\log p_\theta(x_0 \mid x_t)\ \text{for}\ s = 0
 
-    Both Gaussians have the posterior's form, one with x_0 and one with x̂_0, so that their means differ by a multiple of
+    Both Gaussians have means of the posterior's form, one with x_0 and one with x̂_0, which therefore differ by a multiple of
     x_0 − x̂_0. With Σ_θ = β̃ the variances cancel and only that difference is left.
 
     Arguments:
-        d: A denoiser (x_t, t) → x̂_0.
+        d: A denoiser (x_t, t) → x̂_0; for a learned variance, (x_t, t) → (x̂_0, fraction), as `Denoiser.with_variance`.
         path: The Gaussian path.
         x0, xt: Clean data and their noisy version at t, shape (B, …).
-        s, t: Numbers with 0 ≤ s < t.
-        variance: Σ_θ, "beta" for the variance v of q(x_t given x_s) or "posterior" for β̃ = v·σ_s²/σ_t².
-            At s = 0 the posterior's variance is 0, so v is used there in either case.
+        s, t: Times with 0 ≤ s < t; numbers, or tensors of shape (B,).
+        variance: Σ_θ, "beta" for the variance v of q(x_t given x_s), "posterior" for β̃ = v·σ_s²/σ_t², a number from 0 (β̃) to
+            1 (β) for those between, or "learned"; see `GaussianPath.log_variance`. At s = 0, β̃ is 0, so v is used there in any case.
         bins: At s = 0, the number of grey levels in [−1, 1] over which p_θ is integrated (256 for images); without it
             the density is used. Ignored for s > 0.
 
@@ -234,7 +234,7 @@ def bound_term(
         ValueError: If s ≥ t, shapes differ, or an option is unknown.
 
     Source:
-        | Slide "our loss function is splitted into 3 terms"; Ho et al. (2020), eq. 5, 8 and 13
+        | Slide "our loss function is splitted into 3 terms"; Ho et al. (2020), eq. 5, 8 and 13; Nichol & Dhariwal (2021), eq. 15
 
     Example:
         >>> from dgm_course.paths import DiscretePath
@@ -243,26 +243,76 @@ def bound_term(
         0.0
     """
     same_shape(x0=x0, xt=xt)
-    if variance not in ("beta", "posterior"):
-        raise ValueError(f"variance must be 'beta' or 'posterior'; got {variance!r}")
-    if any(isinstance(time, Tensor) and time.ndim for time in (s, t)):
-        raise ValueError("s and t must be numbers: one term of the bound is one step of the chain")
     if bins is not None and bins < 2:
         raise ValueError(f"bins must be at least 2; got {bins}")
-    _, step = path.transition(s, t)
     _, pull, posterior = path.bridge(s, t)
-    x0_hat = d(xt, t)
-    if s > 0:
-        ratio = posterior / (step if variance == "beta" else posterior)
-        shift = (expand(pull, x0) * (x0 - x0_hat)).square() / expand(posterior, x0)
-        kl = 0.5 * (expand(ratio, x0) * shift + expand(ratio - 1 - ratio.log(), x0))  # 1 + shift would round shift away
-        return kl.flatten(1).sum(1)
-    std = expand(step.sqrt(), x0)
-    if bins is None:
-        nll = 0.5 * ((x0 - x0_hat) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)
+    x0_hat, variance = d(xt, t) if variance == "learned" else (d(xt, t), variance)
+    log_var = path.log_variance(s, t, variance)
+    last = path.sigma(s) == 0
+    if log_var.ndim < 2:  # the same for all values of a sample
+        excess = torch.where(last, 0, posterior.log() - log_var)  # log β̃/Σ_θ, in float64: 0 for Σ_θ = β̃
+        log_var, excess = expand(log_var, x0), expand(excess, x0)
     else:
-        nll = -_log_bin(x0, x0_hat, std, bins)
-    return nll.flatten(1).sum(1)
+        excess = expand(torch.where(last, 0, posterior.log()), x0) - log_var
+    nats = []
+    if not bool(last.all()):
+        kl = (expand(pull, x0) * (x0 - x0_hat)).square() / log_var.exp() + torch.expm1(excess) - excess
+        nats.append((0.5 * kl).flatten(1).sum(1))
+    if bool(last.any()):
+        std = (0.5 * log_var).exp()
+        if bins is None:
+            nll = 0.5 * ((x0 - x0_hat) / std).square() + 0.5 * log_var + 0.5 * math.log(2 * math.pi)
+        else:
+            nll = -_log_bin(x0, x0_hat, std, bins)
+        nats.append(nll.expand(x0.shape).flatten(1).sum(1))
+    return nats[0] if len(nats) == 1 else torch.where(last.to(x0.device), nats[1], nats[0])
+
+
+def hybrid(
+    d: Denoiser, x0: Tensor, s: Time, t: Time, eps: Tensor, bound_weight: float = 1.0, bins: int | None = 256, **cond
+) -> Tensor:
+    r"""Improved DDPM's loss: the mean learns from the simple loss, the variance from a term of the bound.
+
+    .. math:: L_{hybrid} = L_{simple} + \lambda L_{vlb}, \qquad
+              \lambda L_{vlb} = \lambda T\;\mathbb E_t\,\frac{L_{t-1}\bigl(\operatorname{stop}(\hat x_0), \Sigma_\theta\bigr)}{D\ln 2}
+
+    The bound is a sum over the T steps of a chain, so one step drawn at random counts T times. It is in bits per dimension. The gradient
+    does not go through x̂_0 in it: the terms have weights too uneven to learn the mean from, but nothing else can teach the variance.
+
+    Arguments:
+        d: The denoiser in training, with `learned_variance`.
+        x0: Clean data, shape (B, …).
+        s, t: Both ends of a step of the chain for each sample, s < t, shape (B,) or numbers.
+        eps: Standard normal noise, same shape as `x0`.
+        bound_weight: λT. The paper has λ = 0.001 and T = 1000.
+        bins: Grey levels of the last step, as in `bound_term`.
+        cond: What the network is conditioned on.
+
+    Returns:
+        The mean over samples, shape ().
+
+    Raises:
+        ValueError: If a shape does not fit, or the denoiser has no learned variance.
+
+    Source:
+        | Slide "How can we shorten the diffusion steps?"; Improved DDPM (Nichol & Dhariwal, 2021), eq. 16
+
+    Example:
+        >>> from dgm_course.paths import Cosine
+        >>> net = lambda xt, t: torch.cat([torch.zeros_like(xt), torch.ones_like(xt)], 1)
+        >>> d = Denoiser(net, Cosine(), predicts="eps", learned_variance=True)
+        >>> x0 = torch.zeros(2, 3)
+        >>> hybrid(d, x0, 0.4, 0.5, x0, bound_weight=0.0).item()
+        0.0
+    """
+    if not d.learned_variance:
+        raise ValueError("d must be a Denoiser built with learned_variance=True")
+    xt = d.path.perturb(x0, t, eps)
+    output, fraction = d.outputs(xt, t, **cond)
+    error = (output - d.path.quantity(d.predicts, x0, eps, t)).square().mean()
+    x0_hat = d.path.convert(output.detach(), xt, t, given=d.predicts, to="x0")
+    nats = bound_term(lambda xt, t: (x0_hat, fraction), d.path, x0, xt, s, t, variance="learned", bins=bins)
+    return error + bound_weight * nats.mean() / (x0[0].numel() * math.log(2))
 
 
 def _log_bin(x0: Tensor, mean: Tensor, std: Tensor, bins: int) -> Tensor:

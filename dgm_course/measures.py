@@ -67,8 +67,7 @@ def measure(card: dict, x: Tensor, y: Tensor) -> dict:
         reader can check a row in a second.
     """
     network = checkpoints.load(card["checkpoint"])
-    settings = dict(card["path"])
-    path = getattr(paths, settings.pop("class"))(**settings)
+    path = checkpoints.path_of(card)
     count = 0
 
     def counted(xt, t, y):

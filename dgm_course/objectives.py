@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dgm_course import checkpoints, data, flows, gan, likelihood, losses, metrics, samplers, training, vae
 from dgm_course.denoisers import Denoiser, clipped
 
-__all__ = ["objective", "quality"]
+__all__ = ["bits", "objective", "quality"]
 
 JUDGED = 28  # the side of the images that the shipped classifiers were trained on
 Objective = tuple[Callable, Callable, Callable]
@@ -21,6 +21,8 @@ Objective = tuple[Callable, Callable, Callable]
 
 def objective(card: dict, model: nn.Module, x: Tensor, y: Tensor) -> Objective:
     """Loss, batches and score that fit the model."""
+    if isinstance(model, Denoiser) and model.learned_variance:
+        return _denoising_with_variance(card, model, x, y)
     kinds = {Denoiser: _denoising, flows.Flow: _flow, vae.VAE: _vae, gan.GAN: _gan, nn.Module: _classification}
     return next(kind for cls, kind in kinds.items() if isinstance(model, cls))(card, model, x, y)
 
@@ -45,8 +47,37 @@ def _denoising(card: dict, denoiser: nn.Module, x: Tensor, y: Tensor) -> Objecti
     return losses.simple, draw, score
 
 
+def _denoising_with_variance(card: dict, denoiser: nn.Module, x: Tensor, y: Tensor) -> Objective:
+    """`losses.hybrid` on a chain of `card["chain"]` equal steps; scored by the bound of that chain, in bits per dimension."""
+    path, null, steps = denoiser.path, card["net"]["num_classes"], card["chain"]
+    draw = training.batches(x, path, size=card["batch"], y=y, null=null, seed=card["seed"])
+
+    def on_chain(step):
+        batch = draw(step)
+        end = (batch.pop("t").double() * steps).ceil()
+        return batch | {"s": (end - 1) / steps, "t": end / steps}
+
+    def score(denoiser, x, y):
+        x, y = data.balanced(x, y, 200, torch.Generator().manual_seed(0))
+        return {"bits per dimension": round(bits(denoiser, x, y, path.times(steps), "learned"), 4)}
+
+    return losses.hybrid, on_chain, score
+
+
+def bits(denoiser: Denoiser, x: Tensor, y: Tensor, times: Tensor, variance: str, seed: int = 0) -> float:
+    """Bits per dimension of images with their labels, by the bound of the chain on this grid; Σ_θ as in `losses.bound_term`."""
+    g = torch.Generator().manual_seed(seed)
+    read = denoiser.with_variance if variance == "learned" else denoiser
+    terms = likelihood.bound(
+        clipped(lambda xt, t: read(xt, t, y=y)), denoiser.path, x, times, variance=variance, bins=256, generator=g
+    )
+    return likelihood.bits_per_dim(terms.sum(0), x).mean().item()
+
+
 def _classification(card: dict, classifier: nn.Module, x: Tensor, y: Tensor) -> Objective:
     """Loss, batches and score of a classifier: cross-entropy on moved images; the share of test images it gets right."""
+    if "path" in card:
+        return _noisy_classification(card, x, y)
 
     def draw(step):
         chosen, g = _chosen(card, len(x), step)
@@ -59,6 +90,28 @@ def _classification(card: dict, classifier: nn.Module, x: Tensor, y: Tensor) -> 
         with torch.no_grad():
             right = torch.cat([classifier(part).argmax(1) for part in x.split(500)]) == y
         return {"accuracy on the test set": round(right.double().mean().item(), 4)}
+
+    return loss, draw, score
+
+
+def _noisy_classification(card: dict, x: Tensor, y: Tensor) -> Objective:
+    """The same on images with noise, at times spread over the path; scored at three of them."""
+    path = checkpoints.path_of(card)
+    draw = training.batches(x, path, size=card["batch"], y=y, drop=0, seed=card["seed"])
+
+    def loss(model, x0, t, eps, y):
+        return nn.functional.cross_entropy(model(path.perturb(x0, t, eps), path.unit(t)), y)
+
+    def score(classifier, x, y):
+        g, shares = torch.Generator().manual_seed(0), {}
+        for t in (0.25, 0.5, 0.75):
+            xt = path.perturb(x, t, torch.randn(x.shape, generator=g))
+            with torch.no_grad():
+                guesses = torch.cat(
+                    [classifier(part, path.units(t, len(part), part.device)).argmax(1) for part in xt.split(500)]
+                )
+            shares[f"accuracy at t = {t}"] = round((guesses == y).double().mean().item(), 4)
+        return shares
 
     return loss, draw, score
 

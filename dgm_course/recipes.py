@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from dgm_course import checkpoints, data, measures, metrics, objectives, tables, training
+from dgm_course.denoisers import Denoiser
 
 __all__ = ["RECIPES", "names", "train"]
 
@@ -146,6 +147,37 @@ RECIPES = {
         "batch": 128,
         "fit": {"precision": "float32", "ema": 0.99},
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
+    },
+    "mnist-improved": {
+        "what": "Improved DDPM: mnist-unet trained on, with a learned variance, by the hybrid loss on a chain of 1000 steps",
+        "data": "mnist",
+        "start": "mnist-unet",
+        "net": {
+            "class": "UNet",
+            "channels": [40, 64],
+            "blocks": [2, 3],
+            "attention": True,
+            "num_classes": 10,
+            "out_channels": 2,
+        },
+        "path": {"class": "Cosine"},
+        "chain": 1000,
+        "predicts": "v",
+        "learned_variance": True,
+        "steps": 3000,
+        "batch": 128,
+        "seed": 0,
+        "fit": {"lr": 1e-3, "ema": 0.999},
+    },
+    "mnist-noisy-classifier": {
+        "what": "classifier of MNIST digits with noise, at every t of the cosine path, for guidance",
+        "data": "mnist",
+        "net": {"class": "Classifier", "timed": True},
+        "path": {"class": "Cosine"},
+        "classifies": "digits",
+        "steps": 4000,
+        "batch": 128,
+        "seed": 0,
     },
     "mnist-predictions": {
         "what": "noise, clean image or v predicted by the same network with the same data and budget, over seeds",
@@ -300,8 +332,17 @@ def _fit(card: dict, x: Tensor, y: Tensor, state: Path | None = None) -> tuple[t
     """Train what a card describes; returns the result and the function that scores it on test images."""
     torch.manual_seed(card["seed"])
     model = checkpoints.build(card)
+    if "start" in card:
+        _start(model, checkpoints.load(card["start"]))
     loss, draw, score = objectives.objective(card, model, x, y)
     return training.fit(model, loss, draw, steps=card["steps"], state=state, **card.get("fit", {})), score
+
+
+def _start(model: Denoiser, trained: Denoiser) -> None:
+    """Give a network the weights of another, which may have fewer channels in its output; the rest of that stays 0."""
+    with torch.no_grad():
+        for new, old in zip(model.net.parameters(), trained.net.parameters(), strict=True):
+            new[: len(old)] = old
 
 
 def _table(name: str, card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], out: Path) -> dict:

@@ -602,7 +602,7 @@ def test_arguments_are_checked():
         (ValueError, "^prior_std must be positive; got 0", lambda: bound(d, path, x, [1, 0], prior_std=0)),
         (ValueError, "^prior_std must be positive; got -1", lambda: prior_term(path, x, 1.0, -1)),
         (ValueError, "^prior_std must be positive; got nan", lambda: prior_term(path, x, 1.0, math.nan)),
-        (ValueError, "^variance must be 'beta' or 'posterior'; got 'large'",
+        (ValueError, "^variance must be 'beta', 'posterior' or a number in .*; got 'large'",
          lambda: bound(d, path, x, [1, 0], variance="large")),
         (ValueError, "^bins must be at least 2; got 1", lambda: bound(d, path, x, [1, 0], bins=1)),
         (TypeError, "must be a floating-point tensor", lambda: bound(d, path, x.long(), [1, 0])),

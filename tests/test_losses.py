@@ -698,7 +698,7 @@ def test_arguments_are_checked():
     x, d = torch.ones(4, 2), lambda xt, t: xt
     batch = torch.ones(4)
     cases = [
-        (ValueError, "^variance must be 'beta' or 'posterior'; got 'large'",
+        (ValueError, "^variance must be 'beta', 'posterior' or a number in .*; got 'large'",
          lambda: bound_term(d, CHAIN, x, x, 1, 2, variance="large")),
         (ValueError, "^s must be less than t", lambda: bound_term(d, CHAIN, x, x, 2, 2)),
         (ValueError, "^bins must be at least 2; got 1", lambda: bound_term(d, CHAIN, x, x, 0, 1, bins=1)),

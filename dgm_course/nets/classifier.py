@@ -1,6 +1,8 @@
-"""A classifier of small grey images, whose features also score generated ones."""
+"""A classifier of small grey images, clean or noisy; the features of one that saw clean images also score generated ones."""
 
 from torch import Tensor, nn
+
+from dgm_course.nets.embeddings import TimeEmbedding
 
 __all__ = ["Classifier"]
 
@@ -14,16 +16,18 @@ class Classifier(nn.Module):
         image_channels: Channels of the images, 1 for grey.
         num_classes: Number of classes.
         width: Number of features, a multiple of 32.
+        timed: Whether it classifies noisy images, and is told the time. What the first two layers see is then moved by an
+            embedding of t.
 
     Shapes:
-        x (B, C, H, W) → logits (B, num_classes).
+        x (B, C, H, W), and t (B,) in [0, 1] if timed → logits (B, num_classes).
 
     Raises:
-        ValueError: If x is not a batch of images.
+        ValueError: If x is not a batch of images, or t is missing, or given without need.
 
     Source:
         | All convolutional net (Springenberg et al., 2015), section 2; features in place of Inception's, as in Heusel et al.
-        | (2017), section 2
+        | (2017), section 2; with the time: Diffusion Models Beat GANs (Dhariwal & Nichol, 2021), section 4
 
     Example:
         >>> import torch
@@ -32,7 +36,7 @@ class Classifier(nn.Module):
         (torch.Size([3, 10]), torch.Size([3, 128]))
     """
 
-    def __init__(self, image_channels: int = 1, num_classes: int = 10, width: int = 128):
+    def __init__(self, image_channels: int = 1, num_classes: int = 10, width: int = 128, timed: bool = False):
         super().__init__()
         self.image_channels = image_channels
         layers, inside = [], image_channels
@@ -41,12 +45,18 @@ class Classifier(nn.Module):
             inside = outside
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(width, num_classes))
+        self.time = TimeEmbedding(width // 4) if timed else None
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """What the last layer sees of each image, shape (B, width)."""
         if x.ndim != 4 or x.shape[1] != self.image_channels:
             raise ValueError(f"x must have shape (B, {self.image_channels}, H, W); got {tuple(x.shape)}")
-        return self.trunk(x).mean((2, 3))
+        if (t is None) != (self.time is None):
+            raise ValueError("t must be given to a classifier that is timed, and to no other")
+        h = self.trunk[:6](x)  # two layers
+        if t is not None:
+            h = h + self.time(t)[:, :, None, None]
+        return self.trunk[6:](h).mean((2, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        return self.head(self.features(x, t))

@@ -77,9 +77,10 @@ class UNet(nn.Module):
         fold: Side of the square of pixels that becomes channels.
         dropout: Share of features dropped in each block while training.
         skip: Whether what the first level saw on the way down is handed to the way up; without, to see what it is for.
+        out_channels: Channels of the output, those of the images if not given; twice as many for a learned variance.
 
     Shapes:
-        xt (B, C, H, W) with H and W divisible by 2·fold, t (B,) in [0, 1], y (B,) int64 or None → (B, C, H, W).
+        xt (B, C, H, W) with H and W divisible by 2·fold, t (B,) in [0, 1], y (B,) int64 or None → (B, out_channels, H, W).
 
     Raises:
         ValueError: If the image does not fold, or labels come to a network without them.
@@ -104,9 +105,11 @@ class UNet(nn.Module):
         fold: int = 2,
         dropout: float = 0.0,
         skip: bool = True,
+        out_channels: int | None = None,
     ):
         super().__init__()
         wide, deep = channels
+        out_channels = out_channels or image_channels
         self.fold, self.skip = fold, skip
         self.time = TimeEmbedding(condition)
         self.label = LabelEmbedding(num_classes, condition) if num_classes else None
@@ -119,7 +122,7 @@ class UNet(nn.Module):
         widths = [2 * wide if skip else wide] + [wide] * (blocks[0] - 1)
         self.up = nn.ModuleList(ResBlock(width, wide, condition, dropout) for width in widths)
         self.leave = nn.Sequential(
-            nn.GroupNorm(8, wide), nn.SiLU(), nn.Conv2d(wide, image_channels * fold**2, 3, padding=1)
+            nn.GroupNorm(8, wide), nn.SiLU(), nn.Conv2d(wide, out_channels * fold**2, 3, padding=1)
         )
         nn.init.zeros_(self.leave[-1].weight)
         nn.init.zeros_(self.leave[-1].bias)

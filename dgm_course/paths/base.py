@@ -279,6 +279,42 @@ class GaussianPath:
         v = var_t - a**2 * var_s  # the noise that the step from s to t added
         return a * var_s / var_t, alpha_s * v / var_t, v * var_s / var_t
 
+    def log_variance(self, s: Time, t: Time, variance: str | float | Tensor) -> Tensor:
+        r"""Log-variance of a reverse step from t to s: one of the two that DDPM offers, or between them.
+
+        .. math:: \log\Sigma = v\log\beta + (1 - v)\log\tilde\beta
+
+        :math:`\beta` is the variance of q(x_t given x_s), and :math:`\tilde\beta` that of q(x_s given x_t, x_0), both for this very
+        step: on a grid with fewer steps they are other numbers. Where σ_s = 0, β̃ is 0, and log Σ is log β whatever v is.
+
+        Arguments:
+            s, t: Times with 0 ≤ s < t; numbers, or tensors of shape (B,).
+            variance: v: "beta" for 1, "posterior" for 0, a number in [0, 1], or what a network says, of the data's shape (B, …).
+
+        Returns:
+            float64 of the shape of the times; if v is a tensor, of its shape and dtype.
+
+        Raises:
+            ValueError: If s ≥ t anywhere, or v is none of these.
+
+        Source:
+            | Slide "How can we shorten the diffusion steps?"; Improved DDPM (Nichol & Dhariwal, 2021), eq. 15
+
+        Example:
+            >>> from dgm_course.paths import DiscretePath
+            >>> path = DiscretePath([0.1, 0.2])
+            >>> [round(path.log_variance(s=1, t=2, variance=v).exp().item(), 4) for v in (0, 0.5, 1)]
+            [0.0714, 0.1195, 0.2]
+        """
+        v = {"posterior": 0.0, "beta": 1.0}.get(variance) if isinstance(variance, str) else variance
+        if not isinstance(v, Tensor) and (isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= 1):
+            raise ValueError(f"variance must be 'beta', 'posterior' or a number in [0, 1]; got {variance!r}")
+        beta, posterior = self.transition(s, t)[1], self.bridge(s, t)[2]
+        upper, lower = beta.log(), torch.where(posterior > 0, posterior, beta).log()  # β̃ = 0 where σ_s = 0
+        if isinstance(v, Tensor):
+            upper, lower = expand(upper, v), expand(lower, v)
+        return v * upper + (1 - v) * lower
+
     # What a network can predict --------------------------------------------------------------------------------------
 
     def convert(self, value: Tensor, xt: Tensor, t: Time, given: str, to: str) -> Tensor:

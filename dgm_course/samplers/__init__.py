@@ -7,8 +7,15 @@ left for a step is a multiplication and an addition.
 """
 
 from dgm_course.samplers.ancestral import ddpm, ddpm_step
-from dgm_course.samplers.grid import checked_grid, last
-from dgm_course.samplers.ode import ddim, ddim_step, dpm_solver_pp_2m, dpm_solver_pp_2m_step, heun, heun_step
+from dgm_course.samplers.dpm_solver import (
+    dpm_solver_pp_2m,
+    dpm_solver_pp_2m_step,
+    dpm_solver_pp_2s,
+    dpm_solver_pp_2s_step,
+)
+from dgm_course.samplers.grid import checked_grid, last, logsnr_times
+from dgm_course.samplers.ode import ddim, ddim_inversion, ddim_step, heun, heun_step
+from dgm_course.samplers.parallel import picard
 from dgm_course.samplers.sde import (
     euler_maruyama,
     euler_maruyama_step,
@@ -21,11 +28,14 @@ from dgm_course.samplers.sde import (
 __all__ = [
     "checked_grid",
     "ddim",
+    "ddim_inversion",
     "ddim_step",
     "ddpm",
     "ddpm_step",
     "dpm_solver_pp_2m",
     "dpm_solver_pp_2m_step",
+    "dpm_solver_pp_2s",
+    "dpm_solver_pp_2s_step",
     "euler_maruyama",
     "euler_maruyama_step",
     "forward_euler_maruyama",
@@ -34,5 +44,7 @@ __all__ = [
     "langevin",
     "langevin_step",
     "last",
+    "logsnr_times",
+    "picard",
     "predictor_corrector",
 ]

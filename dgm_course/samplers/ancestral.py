@@ -5,14 +5,21 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dgm_course.paths.base import GaussianPath, Time, expand
+from dgm_course.paths.base import GaussianPath, Time, expand, same_shape
 from dgm_course.samplers.grid import apply, checked_grid, coefficient_rows, noise_like, watched
 
 __all__ = ["ddpm", "ddpm_coefficients", "ddpm_step"]
 
 
 def ddpm_step(
-    path: GaussianPath, xt: Tensor, x0: Tensor, t: Time, s: Time, *, variance: str = "beta", noise: Tensor | None = None
+    path: GaussianPath,
+    xt: Tensor,
+    x0: Tensor,
+    t: Time,
+    s: Time,
+    *,
+    variance: str | float | Tensor = "beta",
+    noise: Tensor | None = None,
 ) -> Tensor:
     r"""Draw :math:`x_s \sim p_\theta(x_s \mid x_t)`: the mean of q(x_s given x_t, x̂_0), and noise of variance Σ_θ.
 
@@ -24,16 +31,25 @@ def ddpm_step(
         xt: State at t, shape (B, …).
         x0: The denoiser's x̂_0(x_t, t), same shape.
         t, s: Times with s < t; numbers, or tensors of shape (B,).
-        variance: Σ_θ, "beta" for v (β_t on the chain) or "posterior" for v·σ_s²/σ_t² (β̃_t). Where σ_s = 0 it is 0.
+        variance: Σ_θ, "beta" for v (β_t on the chain), "posterior" for v·σ_s²/σ_t² (β̃_t), or between them a number in [0, 1] or the
+            fraction that a network says, of the shape of `xt`; see `GaussianPath.log_variance`. Where σ_s = 0 it is 0.
         noise: z, same shape as `xt`; without it the mean is returned.
 
     Raises:
         ValueError: If s ≥ t, the shapes differ, or `variance` is unknown.
 
     Source:
-        | Slide "Algorithm 2 Sampling"; Ho et al. (2020), section 3.2
+        | Slide "Algorithm 2 Sampling"; Ho et al. (2020), section 3.2; Classifier-Free Diffusion Guidance (Ho & Salimans, 2022),
+        | Algorithm 2, for the number; Improved DDPM (Nichol & Dhariwal, 2021), eq. 15, for the fraction
     """
-    return apply(ddpm_coefficients(path, t, s, variance), xt, x0, noise)
+    if not isinstance(variance, Tensor):
+        return apply(ddpm_coefficients(path, t, s, variance), xt, x0, noise)
+    mean = apply(ddpm_coefficients(path, t, s, "beta"), xt, x0, None)
+    if noise is None:
+        return mean
+    same_shape(xt=xt, variance=variance, noise=noise)
+    std = (0.5 * path.log_variance(s, t, variance)).exp()
+    return torch.where(expand(path.sigma(s), xt) > 0, mean + std * noise, mean)
 
 
 def ddpm(
@@ -42,18 +58,18 @@ def ddpm(
     x: Tensor,
     times,
     *,
-    variance: str | Callable = "beta",
+    variance: str | float | Callable = "beta",
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     r"""Ancestral sampling: the lecture's Algorithm 2, on any grid of times.
 
     Arguments:
-        denoiser: (x_t, t) → x̂_0.
+        denoiser: (x_t, t) → x̂_0; if the variance is learned, (x_t, t) → (x̂_0, fraction), as `Denoiser.with_variance`.
         path: The Gaussian path.
         x: The first state, at times[0], shape (B, …): σ(times[0])·noise, as a rule.
         times: Strictly descending, shape (N + 1,). If the last is 0, the last state is x̂_0.
-        variance: "beta" or "posterior" as in `ddpm_step`, or a function (x_t, x̂_0, t, s) → Σ_θ, a number, or a
-            tensor of shape (B,) or that of x.
+        variance: "beta", "posterior" or a number in [0, 1] as in `ddpm_step`; "learned"; or a function (x_t, x̂_0, t, s) → Σ_θ,
+            whose value is a number, or a tensor of shape (B,) or that of x.
         generator: Source of the noise.
 
     Returns:
@@ -74,26 +90,37 @@ def ddpm(
         tensor([1.])
     """
     times = checked_grid(path, x, times)
-    drawn = callable(variance)
-    table = coefficient_rows(x, times, ddpm_coefficients(path, times[:-1], times[1:], "beta" if drawn else variance))
+    if callable(variance) or variance == "learned":
+        return watched(_drawn(denoiser, path, x, times, variance, generator), times)
+    table = coefficient_rows(x, times, ddpm_coefficients(path, times[:-1], times[1:], variance))
 
     def states(x):
         for t, s, keep, pull, std in table:
-            x0 = denoiser(x, t)
-            mean = x.mul(keep).add_(x0, alpha=pull)
-            if s > 0 and drawn:
-                var = torch.as_tensor(variance(x, x0, t, s), dtype=x.dtype, device=x.device)
-                x = mean + (expand(var, x) if var.ndim == 1 else var).sqrt() * noise_like(x, generator)
-            else:
-                x = mean.add_(noise_like(x, generator), alpha=std) if s > 0 else mean
-            yield x
+            x = x.mul(keep).add_(denoiser(x, t), alpha=pull)
+            yield x.add_(noise_like(x, generator), alpha=std) if s > 0 else x
 
     return watched(states(x), times)
 
 
-def ddpm_coefficients(path: GaussianPath, t: Time, s: Time, variance: str):
-    if variance not in ("beta", "posterior"):
-        raise ValueError(f"variance must be 'beta', 'posterior' or, for ddpm, a function; got {variance!r}")
-    keep, pull, posterior = path.bridge(s, t)
-    var = path.transition(s, t)[1] if variance == "beta" else posterior
-    return keep, pull, torch.where(path.sigma(s) > 0, var, 0).clamp(min=0).sqrt()
+def _drawn(denoiser, path, x, times, variance, generator):
+    """`ddpm` where Σ_θ depends on the state: a function gives it, or the network."""
+    mean = path.bridge(times[1:], times[:-1])[:2]
+    logs = [path.log_variance(times[1:], times[:-1], v) for v in ("posterior", "beta")]
+    for t, s, keep, pull, lower, upper in coefficient_rows(x, times, [*mean, *logs]):
+        if variance == "learned":
+            x0, fraction = denoiser(x, t)
+            std = fraction.mul(upper - lower).add_(lower).mul_(0.5).exp_()
+        else:
+            x0 = denoiser(x, t)
+            var = torch.as_tensor(variance(x, x0, t, s), dtype=x.dtype, device=x.device)
+            std = (expand(var, x) if var.ndim == 1 else var).sqrt()
+        x = x.mul(keep).add_(x0, alpha=pull)
+        if s > 0:
+            x.addcmul_(std.expand(x.shape), noise_like(x, generator))
+        yield x
+
+
+def ddpm_coefficients(path: GaussianPath, t: Time, s: Time, variance: str | float):
+    keep, pull, _ = path.bridge(s, t)
+    std = (0.5 * path.log_variance(s, t, variance)).exp()
+    return keep, pull, torch.where(path.sigma(s) > 0, std, 0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dgm_course.paths.base import GaussianPath, expand, same_shape
 
-__all__ = ["apply", "checked_grid", "coefficient_rows", "last", "noise_like", "watched", "weighted_sum"]
+__all__ = ["apply", "checked_grid", "coefficient_rows", "last", "logsnr_times", "noise_like", "watched", "weighted_sum"]
 
 
 def last(states: Iterator[Tensor]) -> Tensor:
@@ -21,6 +21,41 @@ def last(states: Iterator[Tensor]) -> Tensor:
     """
     (x,) = deque(states, maxlen=1)
     return x
+
+
+def logsnr_times(path: GaussianPath, steps: int, start: float, end: float) -> Tensor:
+    """A grid for samplers: steps of equal length in the log-SNR from `start` down to `end`, then one to 0.
+
+    Arguments:
+        path: A continuous path.
+        steps: Number of steps in all, at least 2.
+        start, end: The first time and the last but one, 0 < end < start, where the log-SNR is finite.
+
+    Returns:
+        Times, float64, shape (steps + 1,).
+
+    Raises:
+        ValueError: If an argument does not fit, or the path has whole times only.
+
+    Source:
+        | DPM-Solver (Lu et al., 2022), section 3.3; Classifier-Free Diffusion Guidance (Ho & Salimans, 2022), Algorithm 2
+
+    Example:
+        >>> from dgm_course.paths import Straight
+        >>> logsnr_times(Straight(), 3, start=0.9, end=0.1).tolist()
+        [0.9, 0.5, 0.1, 0.0]
+    """
+    if not (isinstance(steps, int) and steps >= 2):
+        raise ValueError(f"steps must be a whole number of at least 2; got {steps!r}")
+    if not 0 < end < start:
+        raise ValueError(f"start and end must satisfy 0 < end < start; got {start} and {end}")
+    ends = path.logsnr(torch.tensor([start, end], dtype=torch.float64))
+    if not bool(ends.isfinite().all()):
+        raise ValueError(
+            f"start and end must be times with a finite log-SNR; got {start} and {end}, with {ends.tolist()}"
+        )
+    inner = path.time_at(torch.linspace(*ends.tolist(), steps, dtype=torch.float64)[1:-1])
+    return torch.tensor([start, *inner.tolist(), end, 0.0], dtype=torch.float64)
 
 
 def checked_grid(path: GaussianPath, x: Tensor, times) -> Tensor:

@@ -1,4 +1,4 @@
-"""DDIM, and the second-order solvers of the probability-flow ODE: Heun and DPM-Solver++(2M)."""
+"""DDIM, there and back: the first-order solver of the probability-flow ODE. And Heun, of second order."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dgm_course.paths.base import GaussianPath, Time, expand, same_shape
+from dgm_course.paths.base import GaussianPath, Time
 from dgm_course.samplers.grid import apply, checked_grid, coefficient_rows, noise_like, watched, weighted_sum
 
-__all__ = ["ddim", "ddim_step", "dpm_solver_pp_2m", "dpm_solver_pp_2m_step", "heun", "heun_step"]
+__all__ = ["ddim", "ddim_coefficients", "ddim_inversion", "ddim_step", "heun", "heun_step"]
 
 # DDIM: the same marginals with less noise, or none --------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def ddim_step(
     """
     if eta and noise is None:
         raise ValueError(f"noise must be given for eta = {eta}; got None")
-    return apply(_ddim_coefficients(path, t, s, eta), xt, x0, noise)
+    return apply(ddim_coefficients(path, t, s, eta), xt, x0, noise)
 
 
 def ddim(
@@ -66,7 +66,7 @@ def ddim(
         [(4, 2), (4, 2)]
     """
     times = checked_grid(path, x, times)
-    table = coefficient_rows(x, times, _ddim_coefficients(path, times[:-1], times[1:], eta))
+    table = coefficient_rows(x, times, ddim_coefficients(path, times[:-1], times[1:], eta))
 
     def states(x):
         for t, _s, keep, pull, std in table:
@@ -78,7 +78,55 @@ def ddim(
     return watched(states(x), times)
 
 
-def _ddim_coefficients(path: GaussianPath, t: Time, s: Time, eta: float):
+def ddim_inversion(denoiser: Callable, path: GaussianPath, x: Tensor, times) -> Iterator[Tensor]:
+    r"""DDIM backwards, from data to noise: an Euler step of the same ODE in the other direction.
+
+    .. math:: x_t = \alpha_t\hat x_0(x_s, s) + \tfrac{\sigma_t}{\sigma_s}\bigl(x_s - \alpha_s\hat x_0(x_s, s)\bigr)
+
+    `ddim` on the reversed grid leads back to nearly the same data. Each asks the denoiser at its own end of a step, so the two cancel up
+    to an error that falls like the length of the steps.
+
+    Arguments:
+        denoiser: (x_t, t) → x̂_0.
+        path: The Gaussian path.
+        x: The state at times[0], shape (B, …): data, or data with a little noise.
+        times: Strictly ascending, shape (N + 1,), from a time above 0: at σ = 0 there is no noise to ask for.
+
+    Returns:
+        An iterator over the N states after each step.
+
+    Raises:
+        ValueError, TypeError: At the call, if an argument does not fit.
+        FloatingPointError: At the step where a state is not finite.
+
+    Source:
+        | Denoising Diffusion Implicit Models (Song et al., 2021), section 4.3 and eq. 14
+
+    Example:
+        >>> from dgm_course.paths import Cosine
+        >>> states = ddim_inversion(lambda xt, t: torch.zeros_like(xt), Cosine(), torch.ones(1, 1), [0.5, 1.0])
+        >>> [round(x.item(), 4) for x in states]
+        [1.4142]
+    """
+    ascending = torch.atleast_1d(torch.as_tensor(times, dtype=torch.float64))
+    if ascending.ndim != 1 or len(ascending) < 2 or not bool((ascending.diff() > 0).all()):
+        raise ValueError(f"times must be strictly ascending, shape (N + 1,) with N ≥ 1; got {ascending.tolist()}")
+    checked_grid(path, x, ascending.flip(0))
+    s, t = ascending[:-1], ascending[1:]
+    if not path.sigma(s[0]) > 0:
+        raise ValueError(f"times must start where σ > 0; got {s[0]:g} as the first")
+    keep = path.sigma(t) / path.sigma(s)
+    table = coefficient_rows(x, ascending, (keep, path.alpha(t) - keep * path.alpha(s)))
+
+    def states(x):
+        for s, _t, keep, pull in table:
+            x = x.mul(keep).add_(denoiser(x, s), alpha=pull)
+            yield x
+
+    return watched(states(x), ascending)
+
+
+def ddim_coefficients(path: GaussianPath, t: Time, s: Time, eta: float):
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1]; got {eta}")
     alpha_s, var_s, alpha_t, var_t = path.ends(s, t)
@@ -147,91 +195,3 @@ def _heun_coefficients(path: GaussianPath, t: Time, s: Time):
     half = (sigma_s - sigma_t * alpha_s / alpha_t) / 2  # multiplies ε̂_t + ε̂_s, where ε̂ = (x − α·x̂_0)/σ
     stay, old = alpha_s / alpha_t + half / sigma_t, -half * alpha_t / sigma_t
     return keep, alpha_s - keep * alpha_t, stay, old, -half * alpha_s / sigma_s, half / sigma_s
-
-
-# DPM-Solver++(2M): remember the last x̂_0 ------------------------------------------------------------------------------
-
-
-def dpm_solver_pp_2m_step(
-    path: GaussianPath,
-    xt: Tensor,
-    x0: Tensor,
-    t: Time,
-    s: Time,
-    x0_before: Tensor | None = None,
-    t_before: Time | None = None,
-) -> Tensor:
-    r"""A second-order step that extrapolates x̂_0 from this time and the one before, linearly in λ, half the log-SNR.
-
-    .. math:: x_s = \tfrac{\sigma_s}{\sigma_t}x_t - \alpha_s(e^{-h}-1)\,D, \qquad
-              D = \bigl(1+\tfrac{1}{2r}\bigr)\hat x_0 - \tfrac{1}{2r}\hat x_0^{before}, \qquad
-              h = \lambda_s - \lambda_t,\quad r = (\lambda_t - \lambda_{before})/h
-
-    D is the extrapolated x̂_0 in the middle of the step. Without a time before, or where σ_s = 0, the step is DDIM's.
-
-    Arguments:
-        path: The Gaussian path.
-        xt: State at t, shape (B, …).
-        x0, x0_before: x̂_0 at t and at t_before, same shape.
-        t, s, t_before: Times with s < t < t_before; numbers, or tensors of shape (B,).
-
-    Raises:
-        ValueError: If the times are out of order or the shapes differ.
-
-    Source:
-        | DPM-Solver++ (Lu et al., 2022), Algorithm 2 and eq. 4.1-4.2
-    """
-    if (x0_before is None) != (t_before is None):
-        raise ValueError("x0_before and t_before must be given together; got one of them")
-    keep, now, before = _dpm_solver_pp_2m_coefficients(path, t, s, t_before)
-    out = apply((keep, now, torch.zeros(())), xt, x0, None)
-    if x0_before is None:
-        return out
-    same_shape(xt=xt, x0_before=x0_before)
-    return out + expand(before, xt) * x0_before
-
-
-def dpm_solver_pp_2m(denoiser: Callable, path: GaussianPath, x: Tensor, times) -> Iterator[Tensor]:
-    """DPM-Solver++(2M): second order at one evaluation a step, see `dpm_solver_pp_2m_step`.
-
-    Arguments, Returns and Raises as for `ddpm`.
-
-    Source:
-        | DPM-Solver++ (Lu et al., 2022), Algorithm 2
-
-    Example:
-        >>> from dgm_course.paths import VP
-        >>> from dgm_course.samplers import last
-        >>> last(dpm_solver_pp_2m(lambda xt, t: torch.ones_like(xt), VP(), torch.randn(1, 2), VP().times(5)))
-        tensor([[1., 1.]])
-    """
-    times = checked_grid(path, x, times)
-    first = _dpm_solver_pp_2m_coefficients(path, times[:1], times[1:2], None)
-    later = _dpm_solver_pp_2m_coefficients(path, times[1:-1], times[2:], times[:-2])
-    table = coefficient_rows(x, times, [torch.cat(pair) for pair in zip(first, later, strict=True)])
-
-    def states(x):
-        x0_before = None
-        for t, _s, keep, now, before in table:
-            x0 = denoiser(x, t)
-            x = x.mul(keep).add_(x0, alpha=now)
-            if before:
-                x.add_(x0_before, alpha=before)
-            x0_before = x0
-            yield x
-
-    return watched(states(x), times)
-
-
-def _dpm_solver_pp_2m_coefficients(path: GaussianPath, t: Time, s: Time, t_before: Time | None):
-    alpha_s, var_s, alpha_t, var_t = path.ends(s, t)
-    lambda_s, lambda_t = alpha_s.log() - var_s.log() / 2, alpha_t.log() - var_t.log() / 2
-    h = lambda_s - lambda_t
-    keep = (var_s / var_t).sqrt()
-    pull = -alpha_s * torch.expm1(-h)
-    if t_before is None:
-        return keep, pull, 0 * pull
-    _, _, alpha_before, var_before = path.ends(t, t_before)
-    past = h / (2 * (lambda_t - alpha_before.log() + var_before.log() / 2))  # 1/(2r)
-    past = torch.where(h.isfinite(), past, 0)  # σ_s = 0: the last step is first order
-    return keep, pull * (1 + past), -pull * past
