@@ -702,7 +702,7 @@ def test_arguments_are_checked():
          lambda: bound_term(d, CHAIN, x, x, 1, 2, variance="large")),
         (ValueError, "^s must be less than t", lambda: bound_term(d, CHAIN, x, x, 2, 2)),
         (ValueError, "^bins must be at least 2; got 1", lambda: bound_term(d, CHAIN, x, x, 0, 1, bins=1)),
-        (ValueError, "^s and t must be numbers", lambda: bound_term(d, CHAIN, x, x, batch, 2)),
+        (ValueError, "^t must be a number or have shape", lambda: bound_term(d, CHAIN, x, x, batch[:3], 2)),
         (ValueError, "^xt must have the shape of x0", lambda: bound_term(d, CHAIN, x, x[:2], 1, 2)),
         (TypeError, "^x0 must be a floating-point tensor", lambda: bound_term(d, CHAIN, x.long(), x, 1, 2)),
         (ValueError, "^t must be a whole number", lambda: bound_term(d, CHAIN, x, x, 1, 11)),
