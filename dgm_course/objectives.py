@@ -234,6 +234,7 @@ def quality(
     eta: float = 0.0,
     seed: int = 0,
     sampler: Callable | None = None,
+    spread: bool = False,
 ) -> dict[str, float]:
     """How good a class-conditional model's samples are, to a shipped classifier: as many of each class.
 
@@ -246,9 +247,10 @@ def quality(
         draws: Independent draws of samples and of images; the scores are their means.
         steps, eta: Steps of DDIM, equally spaced, and its share of fresh noise.
         sampler: A function (denoiser, standard normal noise, generator) → samples, instead of DDIM.
+        spread: Whether to score precision and recall too.
 
     Returns:
-        The share classified as asked for, and the Fréchet distance to the real images.
+        The share classified as asked for, and the Fréchet distance to the real images; precision and recall if asked.
     """
 
     def ddim(d, noise, g):
@@ -257,7 +259,7 @@ def quality(
 
     judge, g = checkpoints.load(classifier), torch.Generator().manual_seed(seed)
     asked = torch.arange(int(y.max()) + 1).repeat_interleave(samples // (int(y.max()) + 1))
-    right, distance = [], []
+    rows = []
     for _ in range(draws):
         drawn, real = [], data.balanced(x, y, samples, g)[0]
         for labels in asked.split(250):
@@ -266,10 +268,12 @@ def quality(
             drawn.append((sampler or ddim)(conditional, noise, g))
         drawn, real = (data.resized(images, JUDGED) for images in (torch.cat(drawn), real))
         with torch.no_grad():
-            right.append((judge(drawn).argmax(1) == asked).double().mean().item())
-            distance.append(metrics.frechet_distance(judge.features(drawn), judge.features(real)))
-    mean = {"classified as asked": sum(right) / draws, "Fréchet distance": sum(distance) / draws}
-    return {name: round(value, 4) for name, value in mean.items()}
+            right = (judge(drawn).argmax(1) == asked).double().mean().item()
+            a, b = judge.features(drawn), judge.features(real)
+        rows.append([right, metrics.frechet_distance(a, b), *(metrics.precision_recall(b, a) if spread else ())])
+    names = ["classified as asked", "Fréchet distance", "precision", "recall"][: len(rows[0])]
+    means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+    return {name: round(value, 4) for name, value in zip(names, means, strict=True)}
 
 
 def _moved(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -26,6 +26,15 @@ GAN_FIT = {
     "weight_decay": 0.0,
 }  # Adam's usual memory of past gradients makes players circle
 
+GUIDANCE = {
+    name: [{"name": name, "scale": scale} for scale in scales]
+    for name, scales in {
+        "classifier-free": [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
+        "interval": [2.0, 3.0, 5.0, 8.0],
+        "classifier": [0.5, 1.0, 2.0, 4.0, 8.0],
+    }.items()
+}
+
 RECIPES = {
     "fashion-classifier": {
         "what": "classifier of Fashion-MNIST, whose features score generated clothes; trained on slightly moved clothes",
@@ -35,6 +44,15 @@ RECIPES = {
         "steps": 6000,
         "batch": 128,
         "seed": 0,
+    },
+    "fashion-guidance": {
+        "what": "the weight of classifier-free guidance, at all t and in an interval, with the network of fashion-unet",
+        "data": "fashion_mnist",
+        "checkpoint": "fashion-unet",
+        "path": {"class": "Cosine"},
+        "sampler": {"name": "DDIM", "grid": "time", "evaluations": 12},
+        "vary": {"seed": [0], "guidance": GUIDANCE["classifier-free"] + GUIDANCE["interval"]},
+        "scored with": {"classifier": "fashion-classifier", "samples": 1000, "draws": 1},
     },
     "fashion-unet": {
         "what": "class-conditional U-Net on Fashion-MNIST, v-prediction on the cosine path, labels dropped 10 %",
@@ -116,6 +134,30 @@ RECIPES = {
         "fit": {"lr": 1.5e-3, "ema": 0.9995},
         "scored with": {"classifier": "mnist-classifier", "samples": 2000, "steps": 50, "eta": 0.5, "draws": 3},
     },
+    "mnist-fast": {
+        "what": "samplers with few evaluations, on the cosine path with the network of mnist-unet, over seeds",
+        "data": "mnist",
+        "checkpoint": "mnist-unet",
+        "path": {"class": "Cosine"},
+        "vary": {
+            "seed": [0, 1],
+            "sampler": [
+                {"name": name, "grid": grid, "evaluations": evaluations}
+                for evaluations in (4, 6, 10, 20, 50)
+                for name, grid in (
+                    ("DDPM, β", "time"),
+                    ("DDPM, β̃", "time"),
+                    ("DDIM", "time"),
+                    ("Heun", "time"),
+                    ("DPM-Solver++(2S)", "time"),
+                    ("DPM-Solver++(2M)", "time"),
+                    ("DPM-Solver++(2M)", "log-SNR"),
+                )
+            ]
+            + [{"name": name, "grid": "time", "evaluations": 100} for name in ("DDPM, β", "DDIM")],
+        },
+        "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
+    },
     "mnist-gan": {
         "what": "GAN on MNIST: the non-saturating loss, the gradient penalty on real images, both players trained at once",
         "data": "mnist",
@@ -146,6 +188,16 @@ RECIPES = {
         "steps": 1000,
         "batch": 128,
         "fit": {"precision": "float32", "ema": 0.99},
+        "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
+    },
+    "mnist-guidance": {
+        "what": "the weight of guidance: classifier-free, in an interval of t, and by a classifier, with the network of mnist-unet",
+        "data": "mnist",
+        "checkpoint": "mnist-unet",
+        "classifier": "mnist-noisy-classifier",
+        "path": {"class": "Cosine"},
+        "sampler": {"name": "DDIM", "grid": "time", "evaluations": 12},
+        "vary": {"seed": [0], "guidance": sum(GUIDANCE.values(), [])},
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
     },
     "mnist-improved": {
@@ -234,6 +286,15 @@ RECIPES = {
             ]
             + [{"name": "dopri5", "tolerance": tolerance} for tolerance in (1e-1, 1e-2, 1e-3, 1e-4)],
         },
+        "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
+    },
+    "mnist-variances": {
+        "what": "ancestral sampling with few steps, and its bound: the variance fixed at β or β̃, or as learned by mnist-improved",
+        "data": "mnist",
+        "checkpoint": "mnist-improved",
+        "path": {"class": "Cosine"},
+        "images for bits": 100,
+        "vary": {"seed": [0], "steps": [10, 25, 50, 100], "variance": ["beta", "posterior", "learned"]},
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
     },
     "mnist-vae": {

@@ -224,26 +224,44 @@ def test_shipped_measurements_name_what_there_is(monkeypatch):
     """Recipes without a net: a shipped class-conditional denoiser, a continuous path, known samplers, every one a fair share."""
     monkeypatch.undo()
     without = {name: recipe for name, recipe in recipes.RECIPES.items() if "checkpoint" in recipe}
-    assert "mnist-sde" in without
-    for recipe in without.values():
+    assert {"mnist-sde", "mnist-fast", "mnist-guidance", "fashion-guidance", "mnist-variances"} == without.keys()
+    for name, recipe in without.items():
         assert not {"net", "model", "steps", "batch", "fit"} & recipe.keys()
         network = recipes.RECIPES[recipe["checkpoint"]]
         assert network["net"]["num_classes"] == 10 and network["data"] == recipe["data"]
         settings = dict(recipe["path"])
         path = getattr(paths, settings.pop("class"))(**settings)
         trained = getattr(paths, network["path"]["class"])()
-        assert math.isfinite(path.drift(1.0)) and path.logsnr(1.0) >= trained.logsnr(1.0)
+        assert path.logsnr(1.0) >= trained.logsnr(1.0)
+        assert repr(path) == repr(trained) or math.isfinite(path.drift(1.0))
         assert "classifies" in recipes.RECIPES[recipe["scored with"]["classifier"]]
         inspect.signature(objectives.quality).bind(None, None, None, **recipe["scored with"])
-        for sampler in recipe["vary"]["sampler"]:
-            if sampler["name"] == "dopri5":
-                assert sampler.keys() == {"name", "tolerance"} and 0 < sampler["tolerance"] < 1
-            else:
-                assert sampler.keys() == {"name", "evaluations"} and sampler["name"] in measures.SAMPLERS
-                assert sampler["evaluations"] % 2 == 0
-        named = [(s["name"], s["evaluations"]) for s in recipe["vary"]["sampler"] if s["name"] != "dopri5"]
-        counts = {name: sorted(n for other, n in named if other == name) for name, _ in named}
-        assert counts.keys() == measures.SAMPLERS.keys() and len({tuple(n) for n in counts.values()}) == 1
+        ask_samplers(
+            recipe["vary"].get("sampler", [recipe.get("sampler")]), all_of_them=name in ("mnist-sde", "mnist-fast")
+        )
+        for guidance in recipe["vary"].get("guidance", []):
+            assert guidance.keys() == {"name", "scale"} and guidance["scale"] >= 0
+            assert (
+                guidance["name"] in ("classifier-free", "interval") or "path" in recipes.RECIPES[recipe["classifier"]]
+            )
+        if "variance" in recipe["vary"]:
+            assert network["learned_variance"] and max(recipe["vary"]["steps"]) <= network["chain"]
+
+
+def ask_samplers(settings, all_of_them):
+    """Each is known, and where they are compared each one is there with the same numbers of evaluations, at least to 50."""
+    counts = {}
+    for sampler in filter(None, settings):
+        if sampler["name"] == "dopri5":
+            assert sampler.keys() == {"name", "tolerance"} and 0 < sampler["tolerance"] < 1
+            continue
+        known = measures.FAST if "grid" in sampler else measures.SAMPLERS
+        assert sampler.keys() - {"grid"} == {"name", "evaluations"} and sampler["name"] in known
+        assert sampler.get("grid", "time") in ("time", "log-SNR") and sampler["evaluations"] % 2 == 0
+        counts.setdefault((sampler["name"], sampler.get("grid")), []).append(sampler["evaluations"])
+    if all_of_them:
+        assert {name for name, _ in counts} == known.keys()
+        assert len({tuple(n for n in sorted(numbers) if n <= 50) for numbers in counts.values()}) == 1
 
 
 def test_backbones_are_compared_at_equal_size(monkeypatch):
