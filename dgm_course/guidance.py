@@ -84,8 +84,8 @@ def classifier(
     .. math:: \nabla\log p_t(x_t) + w\nabla\log p_t(y \mid x_t) \quad\Longleftrightarrow\quad
               \hat x_0 + w\,\frac{\sigma^2}{\alpha}\nabla_{x_t}\log p_t(y \mid x_t)
 
-    The gradient is taken at x_t, where the score is, not at the mean of the step. Where α = 0, x_t knows nothing of the data and the
-    gradient of the true log-probability is 0: there the guess is left as it is.
+    The gradient is taken at x_t, where the score is, not at the mean of the step. Where α = 0, the factor is infinite and the gradient of
+    the true log-probability is 0. Their product has a limit, but the gradient cannot tell it: there the guess is left as it is.
 
     Arguments:
         d: A denoiser (x_t, t) → x̂_0 on `path`.

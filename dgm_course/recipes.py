@@ -143,7 +143,7 @@ RECIPES = {
             "seed": [0, 1],
             "sampler": [
                 {"name": name, "grid": grid, "evaluations": evaluations}
-                for evaluations in (4, 6, 10, 20, 50)
+                for evaluations in (4, 6, 10, 20)
                 for name, grid in (
                     ("DDPM, β", "time"),
                     ("DDPM, β̃", "time"),
@@ -154,7 +154,11 @@ RECIPES = {
                     ("DPM-Solver++(2M)", "log-SNR"),
                 )
             ]
-            + [{"name": name, "grid": "time", "evaluations": 100} for name in ("DDPM, β", "DDIM")],
+            + [
+                {"name": name, "grid": "time", "evaluations": evaluations}
+                for evaluations in (50, 100)
+                for name in ("DDPM, β", "DDPM, β̃", "DDIM")
+            ],
         },
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
     },

@@ -233,6 +233,60 @@ def test_a_classifier_comes_back_as_the_network_itself(tmp_path):
         assert torch.equal(weight, saved.state_dict()[key].half().float()), key
 
 
+def test_a_timed_classifier_comes_back_as_the_network_itself(tmp_path):
+    """Its card names a path, the one whose noise it knows; it is a classifier all the same, and the path can be had."""
+    torch.manual_seed(1)
+    card = {
+        "net": {"class": "Classifier", "width": 32, "timed": True},
+        "path": {"class": "Cosine", "shift": -2.0},
+        "classifies": "digits",
+    }
+    saved = checkpoints.build(card)
+    checkpoints.save("judge", saved, card, tmp_path)
+    loaded = checkpoints.load("judge", tmp_path)
+    assert isinstance(loaded, nets.Classifier) and not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.state_dict().keys() == saved.state_dict().keys() > nets.Classifier(width=32).state_dict().keys()
+    for key, weight in loaded.state_dict().items():
+        assert torch.equal(weight, saved.state_dict()[key].half().float()), key
+    path = checkpoints.path_of(loaded.card)
+    assert isinstance(path, Cosine) and path.shift == -2.0
+    assert card["path"] == loaded.card["path"] == {"class": "Cosine", "shift": -2.0}  # left alone
+
+
+@pytest.mark.parametrize("learned", [True, False, None])
+def test_a_learned_variance_comes_back(learned, tmp_path):
+    """The card says whether the second half of the channels is one; a card without a word of it has none."""
+    card = {
+        "net": {
+            "class": "UNet",
+            "channels": [8, 8],
+            "blocks": [1, 1],
+            "condition": 16,
+            "out_channels": 2 if learned else 1,
+        },
+        "path": {"class": "Cosine"},
+        "predicts": "v",
+    } | ({} if learned is None else {"learned_variance": learned})
+    torch.manual_seed(1)
+    saved = checkpoints.build(card)
+    assert saved.learned_variance is bool(learned)
+    with torch.no_grad():
+        for p in saved.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    checkpoints.save("tiny", saved, card, tmp_path)
+    loaded, x = checkpoints.load("tiny", tmp_path), torch.randn(2, 1, 4, 4)
+    assert loaded.learned_variance is bool(learned) and loaded(x, 0.5).shape == x.shape
+    if learned:
+        for one, other in zip(loaded.with_variance(x, 0.5), saved.with_variance(x, 0.5), strict=True):
+            assert one.shape == x.shape
+            torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+        assert loaded.outputs(x, 0.5)[1].sub(0.5).abs().max() > 0.01
+    else:
+        with pytest.raises(ValueError, match="learned_variance=True"):
+            loaded.with_variance(x, 0.5)
+
+
 MODELS = {
     "RealNVP": ({"side": 8, "widths": [8, 8], "blocks": 1, "couplings": [2, 1, 2]}, flows.RealNVP, (1, 8, 8)),
     "ConvVAE": ({"latent": 3, "width": 8}, vae.ConvVAE, (1, 28, 28)),
@@ -275,6 +329,20 @@ def test_the_classifier_is_right_on_as_many_digits_as_its_card_says():
     with torch.no_grad():
         right = (torch.cat([judge(part).argmax(1) for part in x.split(500)]) == y).double().mean().item()
     assert said >= 0.993 and abs(right - said) < 4 * math.sqrt(said * (1 - said) / len(y))
+
+
+def test_the_noisy_classifier_is_right_about_as_often_as_its_card_says():
+    """On 400 embedded test digits at each of the three noise levels, which are fewer and other ones than those of the card."""
+    judge = checkpoints.load("mnist-noisy-classifier")
+    x, y = data.images(data.load("mnist", "test").select(range(0, 2000, 5)))
+    assert judge.card["path"] == checkpoints.load("mnist-unet").card["path"] == {"class": "Cosine"}
+    g = torch.Generator().manual_seed(5)
+    for t, off in ((0.25, 0.03), (0.5, 0.05), (0.75, 0.12)):
+        said = judge.card["scores"][f"accuracy at t = {t}"]
+        xt = math.cos(math.pi * t / 2) * x + math.sin(math.pi * t / 2) * torch.randn(x.shape, generator=g)
+        with torch.no_grad():
+            right = (judge(xt, torch.full((len(x),), t)).argmax(1) == y).double().mean().item()
+        assert said > 0.7 and abs(right - said) < off, (t, right)
 
 
 # Safe saving --------------------------------------------------------------------------------------------------------

@@ -126,6 +126,26 @@ def test_learned_variance(shape, generator):
     assert torch.equal(d.output(xt, 0.5), v)
 
 
+def test_outputs(generator):
+    """All that the network says, in its own units; without a learned variance the fraction is None."""
+    xt, v, raw = (torch.randn(3, 2, generator=generator) for _ in "abc")
+    both = Denoiser(lambda xt, t: torch.cat([v, raw], 1), Cosine(), "v", learned_variance=True).outputs(xt, 0.5)
+    assert torch.equal(both[0], v)
+    torch.testing.assert_close(both[1], 0.5 + raw / 2)
+    output, fraction = Denoiser(lambda xt, t: v, Cosine(), "v").outputs(xt, 0.5)
+    assert output is v and fraction is None
+
+
+@pytest.mark.parametrize("low, high", [(-1.0, 1.0), (-0.2, 0.6)])
+def test_clipped_pairs(low, high):
+    """Of a pair the guess is held in the range and the fraction is left as it is; what was given is not written on."""
+    x, says = (torch.linspace(-end, end, 5, dtype=torch.float64)[None] for end in (2, 3))
+    guess, fraction = clipped(lambda xt, t: (xt, says), low, high)(x, 0.5)
+    assert guess.tolist() == [[min(max(value, low), high) for value in x[0].tolist()]] and fraction is says
+    assert x.tolist() == [[-2, -1, 0, 1, 2]]
+    assert isinstance(clipped(lambda xt, t: xt, low, high)(x, 0.5), torch.Tensor)
+
+
 def test_gradients_reach_the_network():
     """A Denoiser is a module: its network's parameters are its own, and get gradients through the conversion."""
     d = Denoiser(_Scale(), Cosine(), "eps")

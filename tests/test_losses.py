@@ -9,8 +9,8 @@ from oracles import PATHS, forward_kernel, known, known_rates, mp, path_of, time
 from torch.distributions import Normal, kl_divergence
 
 from dgm_course.denoisers import Denoiser
-from dgm_course.losses import bound_term, dsm, esm, jacobian_trace, simple, ssm
-from dgm_course.paths import Cosine, DiscretePath, Straight
+from dgm_course.losses import bound_term, dsm, esm, hybrid, jacobian_trace, simple, ssm
+from dgm_course.paths import VP, Cosine, DiscretePath, Straight
 from dgm_course.schedules import linear_betas
 
 BETAS = np.linspace(0.01, 0.3, 10)
@@ -691,6 +691,307 @@ def test_bound_keeps_its_digits_in_float32(variance, t, generator):
     )
     assert narrow.dtype == torch.float32
     torch.testing.assert_close(narrow.double(), wide, rtol=2e-4, atol=0)
+
+
+# Other variances, and times for each sample ---------------------------------------------------------------------------
+
+
+def variance_of_step(name, s, t, share):
+    """β^v·β̃^(1−v), as a product of powers; at s = 0 it is β."""
+    _, var_q, v = gaussian_of_step(name, s, t, 0.0, 0.0)
+    return v**share * var_q ** (1 - share) if known(name, s)[1] else v + 0 * share
+
+
+def typed_bound(name, s, t, x0, x0_hat, xt, share, bins=None):
+    """Nats of one sample, by torch's KL divergence or the normal's density or mass; `share` is v, a number or of x0's shape."""
+    var = torch.as_tensor(variance_of_step(name, s, t, share), dtype=torch.float64)
+    if known(name, s)[1]:
+        mean_q, var_q, _ = gaussian_of_step(name, s, t, xt, x0)
+        mean_p, _, _ = gaussian_of_step(name, s, t, xt, x0_hat)
+        return kl_divergence(Normal(mean_q, math.sqrt(var_q)), Normal(mean_p, var.sqrt())).sum()
+    if bins is None:
+        return -Normal(x0_hat, var.sqrt()).log_prob(x0).sum()
+    half, nats = 1 / (bins - 1), 0.0
+    for x, m, v in zip(*(value.detach().expand(x0.shape).flatten() for value in (x0, x0_hat, var)), strict=True):
+        low = -mp.inf if x == -1 else float(x) - half
+        high = mp.inf if x == 1 else float(x) + half
+        nats -= mp.log(normal_mass(low, high, float(m), math.sqrt(float(v))))
+    return torch.tensor(float(nats), dtype=torch.float64)
+
+
+def mixed_batch(name, shape, generator):
+    """Steps of every kind, two of them to the data, and grey levels among 16 with a guess near them."""
+    steps = [
+        tuple(time_on(name, u) for u in units)
+        for units in ((0.0, 0.05), (0.45, 0.5), (0.0, 0.3), (0.9, 1.0), (0.2, 0.8))
+    ]
+    x0 = levels(16)[torch.randint(16, (5, *shape), generator=generator)]
+    x0_hat = x0 + 0.1 * normals(5, *shape, generator=generator)
+    noise = normals(5, *shape, generator=generator)
+    xt = torch.stack([known(name, t)[0] * x0[i] + known(name, t)[1] * noise[i] for i, (_, t) in enumerate(steps)])
+    return steps, x0, x0_hat, xt, [torch.tensor(times, dtype=torch.float64) for times in zip(*steps, strict=True)]
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("variance, share", [("beta", 1.0), ("posterior", 0.0), (0.3, 0.3), (1, 1.0), (0, 0.0)])
+@pytest.mark.parametrize("bins", [None, 16])
+def test_bound_with_times_for_each_sample(name, variance, share, bins, generator):
+    """Each sample has the nats of its own step by torch, those into the data among others; alone and in the batch."""
+    steps, x0, x0_hat, xt, (s, t) = mixed_batch(name, (2,), generator)
+    expected = [typed_bound(name, *steps[i], x0[i], x0_hat[i], xt[i], share, bins) for i in range(5)]
+    together = bound_term(lambda x, time: x0_hat, path_of(name), x0, xt, s, t, variance=variance, bins=bins)
+    assert together.shape == (5,)
+    close(together, expected, 1e-8)
+    for i, step in enumerate(steps):
+        row = slice(i, i + 1)
+        alone = bound_term(
+            lambda x, time, r=row: x0_hat[r], path_of(name), x0[row], xt[row], *step, variance=variance, bins=bins
+        )
+        close(alone, expected[i : i + 1], 1e-8)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("bins", [None, 16])
+@pytest.mark.parametrize("shape", [(2,), (1, 2, 2)])
+def test_learned_variance_in_the_bound(name, bins, shape, generator):
+    """With a fraction for each value the term is torch's divergence with that variance; into the data the fraction counts for nothing."""
+    steps, x0, x0_hat, xt, (s, t) = mixed_batch(name, shape, generator)
+    share = 0.5 + 0.5 * normals(5, *shape, generator=generator)
+    expected = [typed_bound(name, *steps[i], x0[i], x0_hat[i], xt[i], share[i], bins) for i in range(5)]
+
+    def pair(x, time):
+        return x0_hat[: len(x)], share[: len(x)]
+
+    found = bound_term(pair, path_of(name), x0, xt, s, t, variance="learned", bins=bins)
+    close(found, expected, 1e-8)
+    for i, step in enumerate(steps):
+        row = slice(i, i + 1)
+        alone = bound_term(lambda x, time, r=row: (x0_hat[r], share[r]), path_of(name), x0[row], xt[row], *step,
+                           variance="learned", bins=bins)  # fmt: skip
+        close(alone, expected[i : i + 1], 1e-8)
+
+
+def test_names_and_fractions_agree(generator):
+    """A network that says 0 or 1 everywhere has the posterior's or β's nats; the denoiser is asked once, with x_t and t."""
+    _, x0, x0_hat, xt, (s, t) = mixed_batch("Cosine", (2,), generator)
+    seen = []
+    for says, name in ((0.0, "posterior"), (1.0, "beta")):
+
+        def pair(x, time, says=says):
+            seen.append((x, time))
+            return x0_hat, torch.full_like(x, says)
+
+        one = bound_term(pair, Cosine(), x0, xt, s, t, variance="learned")
+        close(one, bound_term(lambda x, time: x0_hat, Cosine(), x0, xt, s, t, variance=name), 1e-9)
+    assert len(seen) == 2 and all(x is xt and time is t for x, time in seen)
+
+
+@pytest.mark.parametrize("bins", [None, 16])
+def test_gradients_of_the_learned_variance(bins, generator):
+    """Autograd against finite differences, in the guess and in the fraction, where steps into the data stand beside others."""
+    _, x0, x0_hat, xt, (s, t) = mixed_batch("VP", (2,), generator)
+    share = (0.5 + 0.3 * normals(5, 2, generator=generator)).requires_grad_()
+
+    def term(guess, share):
+        return bound_term(lambda x, time: (guess, share), VP(), x0, xt, s, t, variance="learned", bins=bins)
+
+    assert torch.autograd.gradcheck(term, (x0_hat.requires_grad_(), share))
+    (slope,) = torch.autograd.grad(term(x0_hat, share).sum(), share)
+    assert bool((slope[[0, 2]] == 0).all()) and bool((slope[[1, 3, 4]] != 0).all())
+
+
+def test_learned_variance_in_float32(generator):
+    """On a chain of 1000 steps, all in one batch, the nats follow float64, and their gradients are finite from end to end."""
+    end = torch.arange(1, 1001, dtype=torch.float64)
+    x0 = levels(256)[torch.randint(256, (1000, 1, 4, 4), generator=generator)]
+    noise, off = normals(2, *x0.shape, generator=generator)
+    share = 0.5 + 0.7 * torch.sin(9 * noise)
+    wide, narrow = [], []
+    for out, dtype in ((wide, torch.float64), (narrow, torch.float32)):
+        xt = Cosine().perturb(x0, end / 1000, noise).to(dtype)
+        says = [(x0 + 0.05 * off).to(dtype).requires_grad_(), share.to(dtype).requires_grad_()]
+        nats = bound_term(lambda x, t, says=says: tuple(says), Cosine(), x0.to(dtype), xt, (end - 1) / 1000, end / 1000,
+                          variance="learned", bins=256)  # fmt: skip
+        out += [nats.detach(), *torch.autograd.grad(nats.sum(), says)]
+    assert narrow[0].dtype == torch.float32
+    for one, other in zip(narrow, wide, strict=True):
+        assert bool(one.isfinite().all())
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-4)
+
+
+# The hybrid loss ------------------------------------------------------------------------------------------------------
+
+
+class Improved(torch.nn.Module):
+    """A network for a learned variance: the first half of what it says has its own parameters, the second has others."""
+
+    def __init__(self, dim=2, labels=0):
+        super().__init__()
+        g = torch.Generator().manual_seed(4)
+        self.mean, self.spread = (torch.nn.Parameter(0.5 * normals(dim, dim, generator=g)) for _ in "ab")
+        self.bias = torch.nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+
+    def forward(self, xt, t, y=0.0):
+        return torch.cat([torch.tanh(xt @ self.mean + y), torch.sin(xt @ self.spread + self.bias)], 1)
+
+
+def typed_hybrid(net, predicts, name, x0, steps, eps, weight, bins=256, frozen=None):
+    """Its value by numpy and torch.distributions, sample by sample; `frozen` is a network that x̂_0 of the bound comes from."""
+    total = 0.0
+    for i, (s, t) in enumerate(steps):
+        alpha, sigma = known(name, t)
+        xt = alpha * x0[i] + sigma * eps[i]
+        said, raw = net(xt[None], None)[0].chunk(2)
+        target = {"eps": eps[i], "x0": x0[i], "v": alpha * eps[i] - sigma * x0[i]}[predicts]
+        out = said if frozen is None else frozen(xt[None], None)[0].chunk(2)[0]
+        guess = {"eps": (xt - sigma * out) / alpha if alpha else None, "x0": out, "v": alpha * xt - sigma * out}[
+            predicts
+        ]
+        nats = typed_bound(name, s, t, x0[i], guess, xt, (raw + 1) / 2, bins)
+        total = total + (said - target).square().mean() + weight * nats / (len(x0[i]) * math.log(2))
+    return total / len(steps)
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
+@pytest.mark.parametrize("name, bins", [("Cosine", 16), ("VP", None), ("chain", 16)])
+@pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
+def test_hybrid(predicts, name, bins, weight, generator):
+    """The simple loss plus λT times the bound's term in bits for each value, by torch.distributions, into the data and not."""
+    steps, x0, _, _, (s, t) = mixed_batch(name, (2,), generator)
+    if predicts == "eps":  # α = 0 at the end of the cosine path
+        steps, x0, s, t = ([values[i] for i in (0, 1, 2, 4)] for values in (steps, x0, s, t))
+        x0, s, t = torch.stack(x0), torch.stack(s), torch.stack(t)
+    eps, net = normals(*x0.shape, generator=generator), Improved()
+    d = Denoiser(net, path_of(name), predicts, learned_variance=True)
+    found = hybrid(d, x0, s, t, eps, weight, bins=bins)
+    assert found.shape == () and found.dtype == torch.float64
+    close(found.detach(), typed_hybrid(net, predicts, name, x0, steps, eps, weight, bins).detach(), 1e-8)
+    plain = Denoiser(lambda xt, t: net(xt, t).chunk(2, 1)[0], path_of(name), predicts)
+    if weight == 0:
+        close(found.detach(), simple(plain, x0, t, eps).detach(), 1e-12)
+
+
+def test_hybrid_by_default(generator):
+    """λT = 1 and 256 grey levels, as in the paper; numbers may stand for times; conditions reach the network."""
+    x0, eps = levels(256)[torch.randint(256, (3, 2), generator=generator)], normals(3, 2, generator=generator)
+    net = Improved()
+    d = Denoiser(net, Cosine(), "v", learned_variance=True)
+    for s, t in ((0.0, 0.1), (0.3, 0.4)):
+        expected = typed_hybrid(net, "v", "Cosine", x0, [(s, t)] * 3, eps, 1.0, 256).detach()
+        close(hybrid(d, x0, s, t, eps).detach(), expected, 1e-8)
+        each = [torch.full((3,), time, dtype=torch.float64) for time in (s, t)]
+        close(hybrid(d, x0, *each, eps).detach(), expected, 1e-8)
+        moved = typed_hybrid(lambda xt, t: net(xt, t, 0.7), "v", "Cosine", x0, [(s, t)] * 3, eps, 1.0, 256)
+        close(hybrid(d, x0, s, t, eps, y=0.7).detach(), moved.detach(), 1e-8)
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
+def test_the_bound_does_not_teach_the_mean(predicts, generator):
+    """The gradient in the first half's parameters is the simple loss's, bit by bit, however heavy the bound; that in the second
+    half's is the finite difference of a value in which x̂_0 is held, and the simple loss has none."""
+    steps, x0, _, _, _ = mixed_batch("VP", (2,), generator)
+    s, t = (torch.tensor(times, dtype=torch.float64) for times in zip(*steps, strict=True))
+    eps, net = normals(*x0.shape, generator=generator), Improved()
+    d = Denoiser(net, VP(), predicts, learned_variance=True)
+    plain = Denoiser(lambda xt, t: net(xt, t).chunk(2, 1)[0], VP(), predicts)
+    only, none, heavy = (
+        torch.autograd.grad(loss, [net.mean, net.spread, net.bias], allow_unused=True, materialize_grads=True)
+        for loss in (simple(plain, x0, t, eps), hybrid(d, x0, s, t, eps, 0.0), hybrid(d, x0, s, t, eps, 1e6, bins=16))
+    )
+    close(none[0], only[0], 1e-12)
+    assert torch.equal(heavy[0], none[0]) and none[0].abs().max() > 0.01
+    assert not none[1].any() and not none[2].any() and not only[1].any()
+    slopes = torch.autograd.grad(hybrid(d, x0, s, t, eps, 2.0, bins=16), [net.bias])[0]
+    values = []
+    for change in (1e-5, -1e-5):
+        with torch.no_grad():
+            net.bias += change
+            values.append(typed_hybrid(net, predicts, "VP", x0, steps, eps, 2.0, 16))
+            net.bias -= change
+    close(slopes, (values[0] - values[1]) / 2e-5, 1e-6)
+
+
+def test_whole_gradient_of_the_hybrid_loss(generator):
+    """In every parameter it is that of a value in which the bound's x̂_0 comes from a frozen copy of the network."""
+    steps, x0, _, _, (s, t) = mixed_batch("Cosine", (2,), generator)
+    eps, net, frozen = normals(*x0.shape, generator=generator), Improved(), Improved().requires_grad_(False)
+    found = torch.autograd.grad(
+        hybrid(Denoiser(net, Cosine(), "v", True), x0, s, t, eps, 5.0, bins=None), list(net.parameters())
+    )
+    typed = typed_hybrid(net, "v", "Cosine", x0, steps, eps, 5.0, None, frozen)
+    for one, other in zip(found, torch.autograd.grad(typed, list(net.parameters())), strict=True):
+        close(one, other, 1e-8)
+        assert other.abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "name, units", [("VP", (0.3, 0.4)), ("Cosine", (0.5, 0.75)), ("chain", (0.1, 0.15)), ("Cosine", (0.9, 1.0))]
+)
+@pytest.mark.parametrize("data", [0.2, 0.7])
+def test_the_best_variance_is_learned(name, units, data):
+    """Data N(0, v_0) and the ideal denoiser: over (x_0, ε), a sum of 4 nodes each, the bound is least where Σ is the true reverse
+    variance β̃ + coef²·Var(x_0 | x_t), between β̃ and β; there the hybrid loss has gradient 0 in the fraction too."""
+    s, t = (time_on(name, u) for u in units)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = known(name, s), known(name, t)
+    a, beta = forward_kernel(name, s, t)
+    tilde = sigma_s**2 * beta / sigma_t**2
+    left = data * sigma_t**2 / (alpha_t**2 * data + sigma_t**2)
+    best = tilde + (alpha_s * beta / sigma_t**2) ** 2 * left
+    share = math.log(best / tilde) / math.log(beta / tilde)
+    assert tilde < best < beta and 0.01 < share < 0.999
+    nodes, weights = (torch.from_numpy(values) for values in np.polynomial.hermite_e.hermegauss(4))
+    x0, eps = (part[:, None] for part in torch.cartesian_prod(math.sqrt(data) * nodes, nodes).T)
+    weights = torch.cartesian_prod(*[weights / weights.sum()] * 2).prod(1)
+    xt = alpha_t * x0 + sigma_t * eps
+
+    def ideal(x):
+        return alpha_t * data / (alpha_t**2 * data + sigma_t**2) * x
+
+    def mean_nats(v):
+        return weights @ bound_term(
+            lambda x, time: (ideal(x), v.expand(x.shape)), path_of(name), x0, xt, s, t, variance="learned"
+        )
+
+    v = torch.tensor(share, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(mean_nats(v), v)
+    close(slope, 0.0, 1e-8)
+    least = mean_nats(v.detach())
+    for off in (-0.2, -0.01, 0.01, 0.2):
+        assert mean_nats(v.detach() + off) > least
+        assert (
+            weights
+            @ bound_term(lambda x, time: ideal(x), path_of(name), x0, xt, s, t, variance=min(max(share + off, 0), 1))
+            > least
+        )
+    raw = torch.tensor(2 * share - 1, dtype=torch.float64, requires_grad=True)
+    d = Denoiser(
+        lambda x, time: torch.cat([ideal(x), raw.expand(x.shape)], 1), path_of(name), "x0", learned_variance=True
+    )
+    slope = sum(
+        w * torch.autograd.grad(hybrid(d, x0[i : i + 1], s, t, eps[i : i + 1]), raw)[0] for i, w in enumerate(weights)
+    )
+    close(slope, 0.0, 1e-8)
+
+
+def test_arguments_of_the_hybrid_loss_are_checked():
+    """What does not fit raises and is named."""
+    x = torch.ones(4, 2)
+    d, plain = (
+        Denoiser(lambda xt, t: torch.cat([xt, xt], 1), Cosine(), "v", True),
+        Denoiser(lambda xt, t: xt, Cosine(), "v"),
+    )
+    cases = [
+        ("^d must be a Denoiser built with learned_variance=True", lambda: hybrid(plain, x, 0.1, 0.2, x)),
+        ("^eps must have the shape of x0", lambda: hybrid(d, x, 0.1, 0.2, x[:, :1])),
+        ("^s must be less than t", lambda: hybrid(d, x, 0.2, 0.2, x)),
+        ("^bins must be at least 2; got 1", lambda: hybrid(d, x, 0.1, 0.2, x, bins=1)),
+        (r"^t must be a number or have shape \(4,\)", lambda: hybrid(d, x, 0.1, torch.full((3,), 0.2), x)),
+        (r"^variance must be 'beta', 'posterior' or a number in \[0, 1\]; got 1.5",
+         lambda: bound_term(plain, Cosine(), x, x, 0.1, 0.2, variance=1.5)),
+    ]  # fmt: skip
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_arguments_are_checked():

@@ -32,6 +32,8 @@ UNETS = {
     "colour": {"image_channels": 3, "channels": (8, 16), "blocks": (1, 1), "fold": 1, "condition": 16},
     "deep": {"channels": (16, 24), "blocks": (3, 2), "fold": 4, "dropout": 0.1},
     "no skip": {"channels": (16, 24), "blocks": (2, 1), "num_classes": 10, "skip": False},
+    "variance": {"channels": (16, 24), "blocks": (1, 1), "num_classes": 10, "out_channels": 2},
+    "colour, variance": {"image_channels": 3, "channels": (8, 16), "blocks": (1, 1), "fold": 1, "out_channels": 6},
 }
 all_unets = pytest.mark.parametrize("settings", UNETS.values(), ids=UNETS)
 
@@ -126,11 +128,12 @@ def test_embeddings():
 @all_unets
 @pytest.mark.parametrize("batch", [1, 3])
 def test_unet_shapes(settings, batch):
-    """What goes in comes out in the same shape, also for a batch of one and images that are not square."""
+    """What goes in comes out in the same shape, or with the channels asked for, also for a batch of one and oblong images."""
     net, side = awake(UNet(**settings)), 2 * settings.get("fold", 2)
     for height, width in ((2 * side, 2 * side), (side, 3 * side)):
         x = torch.randn(batch, settings.get("image_channels", 1), height, width)
-        assert net(x, torch.rand(batch)).shape == x.shape
+        channels = settings.get("out_channels", x.shape[1])
+        assert net(x, torch.rand(batch)).shape == (batch, channels, height, width)
 
 
 @all_unets
@@ -138,7 +141,7 @@ def test_unet_starts_at_zero(settings):
     """At the start the output is exactly zero: a new network predicts the mean of v, and no block adds anything."""
     net = UNet(**settings)
     x, t = images(settings)
-    assert torch.equal(net(x, t), torch.zeros_like(x))
+    assert torch.equal(net(x, t), torch.zeros(len(x), settings.get("out_channels", x.shape[1]), *x.shape[2:]))
 
 
 def test_blocks_start_as_the_identity():
@@ -266,6 +269,25 @@ def test_folding_loses_nothing():
     jacobian = torch.autograd.functional.jacobian(lambda x: net(x, torch.tensor([0.3], dtype=torch.float64)), x)
     jacobian = jacobian.reshape(16, 16).abs()
     assert jacobian.max(0).values.min() > 0 and jacobian.max(1).values.min() > 0
+
+
+def test_more_channels_leave_the_first_as_they_were():
+    """With the weights of a plain net in the first rows of the last layer, the first channel is what that net says; the second
+    is what the other rows say, each of them four pixels of it."""
+    settings = {"channels": (16, 16), "blocks": (1, 1), "num_classes": 10}
+    plain, wide = awake(UNet(**settings)), awake(UNet(**settings, out_channels=2))
+    (weight, bias), (x, t) = (p.detach().clone() for p in wide.leave[2].parameters()), images(settings)
+    state = plain.state_dict()
+    for k, name in enumerate(("leave.2.weight", "leave.2.bias")):
+        state[name] = torch.cat([state[name], (weight, bias)[k][4:]])
+    wide.load_state_dict(state)
+    first, second = wide(x, t).chunk(2, 1)
+    torch.testing.assert_close(first, plain(x, t), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        plain.leave[2].weight.copy_(weight[4:])
+        plain.leave[2].bias.copy_(bias[4:])
+    torch.testing.assert_close(second, plain(x, t), rtol=1e-5, atol=1e-6)
+    assert (first - second).abs().max() > 0.01
 
 
 def test_size():
@@ -728,6 +750,54 @@ def test_classifier_checks_its_argument(shape):
         with pytest.raises(ValueError) as failure:
             call(torch.zeros(shape))
         assert str(failure.value) == f"x must have shape (B, 1, H, W); got {shape}"
+
+
+@pytest.mark.parametrize("batch, height, width", [(1, 28, 28), (3, 9, 14)])
+def test_timed_classifier_by_hand(batch, height, width):
+    """The embedding of t is added to what two layers gave, at every place; then three layers, the mean of places, a linear map."""
+    f, net = nn.functional, awake(Classifier(width=32, num_classes=3, timed=True)).double()
+    h, t = torch.randn(batch, 1, height, width, dtype=torch.float64), torch.rand(batch, dtype=torch.float64)
+    x, weights = h, dict(net.named_parameters())
+    for layer, stride in enumerate((1, 2, 1, 2, 1)):
+        if layer == 2:
+            first, second = ("time.layers.0", "time.layers.2")
+            moved = f.silu(sinusoids(t, 64) @ weights[f"{first}.weight"].T + weights[f"{first}.bias"])
+            h = h + (moved @ weights[f"{second}.weight"].T + weights[f"{second}.bias"])[:, :, None, None]
+        conv, norm = f"trunk.{3 * layer}", f"trunk.{3 * layer + 1}"
+        h = f.conv2d(h, weights[f"{conv}.weight"], weights[f"{conv}.bias"], stride=stride, padding=1)
+        h = f.silu(f.group_norm(h, 8, weights[f"{norm}.weight"], weights[f"{norm}.bias"]))
+    features = h.mean((2, 3))
+    assert features.shape == (batch, 32)
+    torch.testing.assert_close(net.features(x, t), features, rtol=1e-12, atol=1e-12)
+    logits = features @ weights["head.1.weight"].T + weights["head.1.bias"]
+    torch.testing.assert_close(net(x, t), logits, rtol=1e-12, atol=1e-12)
+
+
+def test_time_matters_to_the_timed_classifier():
+    """Each sample's logits depend on its own time and image; gradients reach every parameter and the image, as guidance needs."""
+    net, x, t = lively(Classifier(width=32, timed=True)), torch.randn(3, 1, 12, 12), torch.tensor([0.1, 0.5, 0.9])
+    with torch.no_grad():
+        out, alone, later = net(x, t), net(x[1:2], t[1:2]), net(x, t.roll(1))
+    torch.testing.assert_close(out[1:2], alone, rtol=1e-4, atol=1e-5)
+    assert (out - later).abs().amax(1).min() > 1e-4
+    x.requires_grad_()
+    nn.functional.cross_entropy(net(x, t), torch.arange(3)).backward()
+    for name, parameter in net.named_parameters():
+        assert bool(parameter.grad.isfinite().all()) and parameter.grad.abs().max() > 0, name
+    assert x.grad.abs().amax((1, 2, 3)).min() > 0
+
+
+def test_a_time_is_for_a_timed_classifier():
+    """And for no other: the error says so. One without a time has the weights that it always had."""
+    x, t = torch.zeros(2, 1, 28, 28), torch.zeros(2)
+    for net, given in ((Classifier(timed=True), ()), (Classifier(), (t,))):
+        for call in (net, net.features):
+            with pytest.raises(ValueError, match="^t must be given to a classifier that is timed, and to no other"):
+                call(x, *given)
+    with pytest.raises(ValueError, match=r"^x must have shape \(B, 1, H, W\)"):
+        Classifier(timed=True)(x[0], t)
+    names = set(Classifier(timed=True).state_dict()) - set(Classifier().state_dict())
+    assert names and all(name.startswith("time.") for name in names)
 
 
 # Networks without a time ----------------------------------------------------------------------------------------------

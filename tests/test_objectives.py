@@ -10,7 +10,7 @@ from scipy.stats import norm
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from dgm_course import checkpoints, data, flows, gan, objectives, vae
+from dgm_course import checkpoints, data, flows, gan, losses, objectives, vae
 from dgm_course.denoisers import Denoiser
 from dgm_course.paths import Cosine
 
@@ -20,6 +20,12 @@ CARD = {"batch": 16, "seed": 3, "net": {"num_classes": 10}}
 
 def close(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
+
+
+CARDS = {  # what the cards of these kinds say besides
+    "denoiser with a variance": {"chain": 8},
+    "noisy classifier": {"path": {"class": "Cosine"}},
+}
 
 
 class Judge(nn.Module):
@@ -58,6 +64,28 @@ class Still(nn.Module):
         return out + self.label(y)[:, :, None, None] if self.label else out
 
 
+class Timed(nn.Module):
+    """A linear classifier of 8×8 pixels, moved by the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.late = nn.Linear(64, 10), nn.Parameter(torch.randn(10))
+
+    def forward(self, x, t):
+        return self.map(x.flatten(1)) + t[:, None] * self.late
+
+
+class Twice(nn.Module):
+    """What `Still` says, and as much again for the variance."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = Still(), Still()
+
+    def forward(self, xt, t, y=None):
+        return torch.cat([self.one(xt, t, y), self.other(xt, t, y)], 1)
+
+
 def model_of(kind):
     """A model of each kind, for images of 8×8, as small as can be."""
     torch.manual_seed(0)
@@ -68,6 +96,8 @@ def model_of(kind):
         "GAN": lambda: gan.GAN(decoder, nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), 4),
         "denoiser": lambda: Denoiser(Still(), Cosine(), predicts="v"),
         "denoiser without labels": lambda: Denoiser(Still(labels=False), Cosine(), predicts="v"),
+        "denoiser with a variance": lambda: Denoiser(Twice(), Cosine(), predicts="v", learned_variance=True),
+        "noisy classifier": Timed,
         "classifier": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
     }[kind]()
 
@@ -79,6 +109,8 @@ KEYS = {
     "GAN": REALISM,
     "denoiser": {"test loss"},
     "denoiser without labels": {"test loss"} | REALISM,
+    "denoiser with a variance": {"bits per dimension"},
+    "noisy classifier": {"accuracy at t = 0.25", "accuracy at t = 0.5", "accuracy at t = 0.75"},
     "classifier": {"accuracy on the test set"},
 }
 GENERATIVE = ("flow", "VAE", "GAN", "denoiser without labels")
@@ -87,7 +119,7 @@ GENERATIVE = ("flow", "VAE", "GAN", "denoiser without labels")
 def set_up(kind, images, **changes):
     """The model and its loss, batches and score."""
     model = model_of(kind)
-    card = CARD | ({"scored with": SCORED} if kind in GENERATIVE else {}) | changes
+    card = CARD | CARDS.get(kind, {}) | ({"scored with": SCORED} if kind in GENERATIVE else {}) | changes
     if kind == "denoiser without labels":
         card["net"] = {"num_classes": 0}
     return model, *objectives.objective(card, model, *images)
@@ -349,6 +381,130 @@ def test_samples_of_a_denoiser_without_labels():
     assert [size for size, _ in asked] == [250] * 25 + [50] * 25
     times = [t for _, t in asked]
     assert times[:25] == times[25:] == sorted(times[:25], reverse=True) and times[0] == 1
+
+
+# A learned variance -------------------------------------------------------------------------------------------------
+
+
+def test_steps_of_a_chain(images):
+    """Images, noise and labels are those of a denoiser's batch; the time is rounded up to the end of its step, of 8 equal ones."""
+    _, loss, draw, _ = set_up("denoiser with a variance", images)
+    _, _, plain, _ = set_up("denoiser", images)
+    assert loss is losses.hybrid
+    ends = []
+    for step in range(30):
+        batch, before = draw(step), plain(step)
+        assert batch.keys() == {"x0", "s", "t", "eps", "y"} and all(
+            torch.equal(batch[key], before[key]) for key in ("x0", "eps", "y")
+        )
+        s, t = batch["s"], batch["t"]
+        assert (
+            s.dtype == t.dtype == torch.float64
+            and torch.equal((8 * s).round() + 1, 8 * t)
+            and torch.equal(8 * t, (8 * t).round())
+        )
+        assert bool(((s < before["t"]) & (before["t"] <= t)).all())
+        ends += (8 * t).tolist()
+    assert set(ends) == set(range(1, 9)) and bool(
+        (torch.tensor(ends).long().bincount()[1:] == 60).all()
+    )  # stratified, 2 of 16 each
+
+
+SAID = {"the middle": (0.0, 0.0), "β": (0.2, 1.0), "β̃, clipped": (-1.5, -1.0), "beyond": (0.5, 1.6)}
+
+
+def bits_by_hand(x, guess, share, steps):
+    """The bound of a model that says x̂_0 = guess and v = share everywhere: Gaussians' divergences and a bin's mass, with numpy."""
+    x, nats = x.double().numpy(), 0.0
+    for k in range(steps, 0, -1):
+        (a_s, s_s), (a_t, s_t) = (
+            (math.cos(math.pi / 2 * u / steps), math.sin(math.pi / 2 * u / steps)) for u in (k - 1, k)
+        )
+        beta = s_t**2 - (a_t / a_s) ** 2 * s_s**2
+        if k == 1:
+            std, half = math.sqrt(beta), 1 / 255
+            above = np.where(x > 1 - half, np.inf, (x + half - guess) / std)
+            below = np.where(x < -1 + half, -np.inf, (x - half - guess) / std)
+            nats = nats - np.log(
+                np.where(below > 0, norm.sf(below) - norm.sf(above), norm.cdf(above) - norm.cdf(below))
+            )
+            continue
+        tilde = beta * s_s**2 / s_t**2
+        var = beta**share * tilde ** (1 - share)
+        gap = a_s * beta / s_t**2 * (x - guess)
+        nats = nats + 0.5 * (gap**2 / var + tilde / var - 1 - math.log(tilde / var))
+    return nats.mean() / math.log(2)  # pure noise at t = 1 costs nothing
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_bits_of_a_known_model(said, images):
+    """Whatever the noise, a model that always says the same costs what is worked out by hand; on labelled images, its x̂_0 clipped."""
+    (guess, raw), asked, (x, y) = SAID[said], [], images
+
+    def net(xt, t, y):
+        asked.append(y)
+        return torch.cat([torch.full_like(xt, guess), torch.full_like(xt, raw)], 1)
+
+    d = Denoiser(net, Cosine(), "x0", learned_variance=True)
+    x, y = x[:40], y[:40]
+    for name, share in (("learned", (raw + 1) / 2), ("beta", 1.0), ("posterior", 0.0)):
+        found = objectives.bits(d, x, y, Cosine().times(8), name, seed=3)
+        assert found == pytest.approx(bits_by_hand(x, max(guess, -1.0), share, 8), rel=1e-4)
+    assert len(asked) == 24 and all(labels is y for labels in asked)
+
+
+def test_bits_depend_on_the_seed_alone(images):
+    """The noise is drawn from the seed: the same bits for the same seed, other ones for another."""
+    model, (x, y) = model_of("denoiser with a variance").eval(), images
+    with torch.no_grad():
+        one, again, other = (
+            objectives.bits(model, x[:50], y[:50], Cosine().times(4), "learned", seed=s) for s in (0, 0, 1)
+        )
+    assert one == again != other
+
+
+def test_score_of_a_learned_variance(images):
+    """200 of the test images, 20 of each class, on the chain of the card, with the variance that is learned."""
+    model, _, _, score = set_up("denoiser with a variance", images)
+    model.net.forward = lambda xt, t, y=None: torch.cat([0 * xt, 0 * xt + 0.4], 1)
+    model.predicts = "x0"
+    x, _ = data.balanced(*images, 200, torch.Generator().manual_seed(0))
+    assert score(model.eval(), *images) == {"bits per dimension": pytest.approx(bits_by_hand(x, 0.0, 0.7, 8), abs=2e-4)}
+
+
+# A classifier of noisy images ---------------------------------------------------------------------------------------
+
+
+def test_loss_of_a_noisy_classifier(images):
+    """−log p(y | x_t) in the mean, at times spread over the path, with all labels; it is told the time."""
+    model, loss, draw, _ = set_up("noisy classifier", images)
+    told = []
+    for step in range(20):
+        batch = draw(step)
+        assert batch.keys() == {"x0", "t", "eps", "y"} and bool((batch["y"] < 10).all())
+        angle = math.pi / 2 * batch["t"][:, None]
+        xt = angle.cos() * batch["x0"].flatten(1) + angle.sin() * batch["eps"].flatten(1)
+        logits = xt @ model.map.weight.T + model.map.bias + batch["t"][:, None] * model.late
+        expected = logits.logsumexp(1) - logits[torch.arange(16), batch["y"]]
+        close(loss(model, **batch), expected.mean(), 1e-5)
+        told += batch["t"].tolist()
+    counts, _ = np.histogram(told, bins=16, range=(0, 1))
+    assert (counts == 20).all()
+
+
+def test_score_of_a_noisy_classifier(images):
+    """The share that it gets right at t = ¼, ½ and ¾, of all test images with noise of one generator, in this order."""
+    model, _, _, score = set_up("noisy classifier", images)
+    seen, forward = [], model.forward
+    model.forward = lambda x, t: seen.append((x, t)) or forward(x, t)
+    found, (x, y) = score(model.eval(), *images), images
+    g, shares = torch.Generator().manual_seed(0), {}
+    for t, (xt, told) in zip((0.25, 0.5, 0.75), seen, strict=True):
+        close(xt, math.cos(math.pi / 2 * t) * x + math.sin(math.pi / 2 * t) * torch.randn(x.shape, generator=g), 1e-5)
+        assert told.tolist() == [t] * 500
+        logits = xt.flatten(1) @ model.map.weight.T + model.map.bias + t * model.late
+        shares[f"accuracy at t = {t}"] = round((logits.argmax(1) == y).double().mean().item(), 4)
+    assert found == shares and len(set(shares.values())) > 1
 
 
 # Realism ------------------------------------------------------------------------------------------------------------

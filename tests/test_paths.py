@@ -377,6 +377,83 @@ def test_posterior_is_the_slides():
         close(var, beta * (1 - before) / (1 - now), 1e-12)
 
 
+def typed_log_variance(name, s, t, v):
+    """v·log β + (1 − v)·log β̃ with 40 digits: β of q(x_t | x_s), β̃ by Gaussian conditioning; at s = 0 log β alone."""
+    a, beta = (mp.mpf(value) for value in forward_kernel(name, s, t))
+    if s == 0:
+        return float(mp.log(beta))
+    var = mp.mpf(known(name, s)[1]) ** 2
+    return float(v * mp.log(beta) + (1 - v) * mp.log(var * beta / (a**2 * var + beta)))
+
+
+@all_paths
+def test_log_variance(name, generator):
+    """Between the two in logs, for a number, for a name, and for a fraction of each value, in any type; and clipped at s = 0."""
+    path = path_of(name)
+    for units in (*STEPS, (0.0, 0.05), (0.0, 0.7), (0.0, 1.0)):
+        s, t = (time_on(name, u) for u in units)
+        for v, share in ((0, 0), (0.0, 0), (0.5, 0.5), (0.31, 0.31), (1, 1), (1.0, 1), ("posterior", 0), ("beta", 1)):
+            found = path.log_variance(s, t, v)
+            assert found.shape == () and found.dtype == torch.float64
+            close(found, typed_log_variance(name, s, t, share), 1e-9)
+        said = 0.5 + normals(2, 1, 2, 2, generator=generator)  # a network may leave [0, 1]
+        for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+            found = path.log_variance(s, t, said.to(dtype))
+            assert found.shape == said.shape and found.dtype == dtype
+            close(
+                found,
+                [[[[typed_log_variance(name, s, t, v) for v in row] for row in x[0]]] for x in said.tolist()],
+                tolerance,
+            )
+
+
+@all_paths
+def test_log_variance_of_a_batch(name, generator):
+    """With (B,) times each sample has its own step; one that ends at the data does not touch the others."""
+    s, t = ([time_on(name, u) for u in units] for units in ([0.0, 0.3, 0.9], [0.1, 0.5, 1.0]))
+    for v, share in (("beta", 1), ("posterior", 0), (0.4, 0.4)):
+        found = path_of(name).log_variance(times_of(s), times_of(t), v)
+        assert found.shape == (3,)
+        close(found, [typed_log_variance(name, *step, share) for step in zip(s, t, strict=True)], 1e-9)
+    said = normals(3, 2, generator=generator).requires_grad_()
+    found = path_of(name).log_variance(times_of(s), times_of(t), said)
+    rows = zip(s, t, said.tolist(), strict=True)
+    close(found.detach(), [[typed_log_variance(name, a, b, v) for v in row] for a, b, row in rows], 1e-9)
+    (slope,) = torch.autograd.grad(found.sum(), said)
+    gaps = [typed_log_variance(name, a, b, 1) - typed_log_variance(name, a, b, 0) for a, b in zip(s, t, strict=True)]
+    close(slope, [[gap, gap] for gap in gaps], 1e-9)
+    assert gaps[0] == 0 and min(gaps[1:]) > 0
+
+
+def test_log_variance_on_fewer_steps():
+    """On the lecture's chain β and β̃ of a skip are those of the skip, not of one step; of one step they are the table's."""
+    betas = np.linspace(1e-4, 0.02, 1000)
+    path, abar = DiscretePath(betas), np.cumprod(np.append(1.0, 1 - betas))
+    for s, t in ((1, 2), (499, 500), (400, 420), (20, 40), (980, 1000), (1, 1000)):
+        beta = 1 - abar[t] / abar[s]
+        tilde = beta * (1 - abar[s]) / (1 - abar[t])
+        for v in (0.0, 0.5, 1.0):
+            close(path.log_variance(s, t, v).exp(), beta**v * tilde ** (1 - v), 1e-9)
+        if t == s + 1:
+            close(path.log_variance(s, t, 1).exp(), betas[t - 1], 1e-12)
+    close(path.log_variance(0, 1, 0).exp(), 1e-4, 1e-12)
+    close(path.log_variance(0, 1, "posterior").exp(), 1e-4, 1e-12)
+    close(path.log_variance(0, 20, 0.5).exp(), 1 - abar[20], 1e-12)
+
+
+@pytest.mark.parametrize("bad", ["large", "learned", "", -0.01, 1.01, math.nan, math.inf, True, None, [0.5]])
+def test_log_variance_checks_what_it_is_given(bad):
+    """A name that is none, a number outside [0, 1], no number: the error names it. Times out of order do too."""
+    with pytest.raises(ValueError) as failure:
+        Cosine().log_variance(0.2, 0.5, bad)
+    assert str(failure.value) == f"variance must be 'beta', 'posterior' or a number in [0, 1]; got {bad!r}"
+    for s, t in ((0.5, 0.5), (0.6, 0.5)):
+        with pytest.raises(ValueError, match="^s must be less than t everywhere"):
+            Cosine().log_variance(s, t, 0.5)
+    with pytest.raises(ValueError, match=r"^t must be a number or have shape \(3,\)"):
+        Cosine().log_variance(0.1, times_of([0.2, 0.3]), torch.ones(3, 2))
+
+
 # What a network can predict -------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """A recipe trains to a checkpoint that loads; stopped, it goes on to the very same one."""
 
+import copy
 import functools
 import inspect
 import itertools
@@ -249,7 +250,7 @@ def test_shipped_measurements_name_what_there_is(monkeypatch):
 
 
 def ask_samplers(settings, all_of_them):
-    """Each is known, and where they are compared each one is there with the same numbers of evaluations, at least to 50."""
+    """Each is known, and where they are compared each one is there with the same numbers of evaluations, at least to 20."""
     counts = {}
     for sampler in filter(None, settings):
         if sampler["name"] == "dopri5":
@@ -261,7 +262,7 @@ def ask_samplers(settings, all_of_them):
         counts.setdefault((sampler["name"], sampler.get("grid")), []).append(sampler["evaluations"])
     if all_of_them:
         assert {name for name, _ in counts} == known.keys()
-        assert len({tuple(n for n in sorted(numbers) if n <= 50) for numbers in counts.values()}) == 1
+        assert len({tuple(n for n in sorted(numbers) if n <= 20) for numbers in counts.values()}) == 1
 
 
 def test_backbones_are_compared_at_equal_size(monkeypatch):
@@ -428,6 +429,159 @@ def test_a_stopped_classifier_goes_on(tmp_path, monkeypatch):
     recipes.train("tiny", out=tmp_path / "stopped")
     recipes.train("tiny", out=tmp_path / "whole")
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
+# A classifier of noisy images ---------------------------------------------------------------------------------------
+
+NOISY = JUDGE | {"net": {"class": "Classifier", "width": 32, "timed": True}, "path": {"class": "Cosine"}}
+
+
+def test_a_classifier_of_noisy_images(tmp_path, fits):
+    """Its checkpoint is a network that is told the time; it learns from the images as they are, at times on its path."""
+    recipes.RECIPES["tiny"] = NOISY
+    card = recipes.train("tiny", out=tmp_path)
+    net = checkpoints.load("tiny", tmp_path)
+    assert isinstance(net, nets.Classifier) and net.time is not None and not net.training
+    assert {key: value for key, value in net.card.items() if key != "sha256"} == card
+    ((_, _, draw, _, done),) = fits
+    x, y = data.images(part("mnist"))
+    expected = training.batches(x, Cosine(), size=8, y=y, drop=0, seed=3)
+    for step in range(4):
+        assert all(torch.equal(draw(step)[key], value) for key, value in expected(step).items())
+    for key, weight in done.ema.state_dict().items():
+        assert torch.equal(net.state_dict()[key], weight.half().float())
+    assert list(card["scores"]) == [f"accuracy at t = {t}" for t in (0.25, 0.5, 0.75)]
+    assert all(
+        0 <= share <= 1 and round(500 * share) / 500 == pytest.approx(share) for share in card["scores"].values()
+    )
+
+
+# A network that is trained on ---------------------------------------------------------------------------------------
+
+IMPROVED = TINY | {
+    "start": "base",
+    "net": TINY["net"] | {"out_channels": 2},
+    "learned_variance": True,
+    "chain": 3,
+    "fit": {"lr": 1e-3},
+}
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A shipped checkpoint "base" of the tiny U-Net, with no weight left at zero."""
+    monkeypatch.setattr(checkpoints, "load", functools.partial(checkpoints.load, folder=tmp_path / "shipped"))
+    torch.manual_seed(7)
+    denoiser = checkpoints.build(TINY)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    checkpoints.save("base", denoiser, TINY, tmp_path / "shipped")
+    recipes.RECIPES["tiny"] = IMPROVED
+    return checkpoints.load("base")
+
+
+def test_training_starts_from_another_checkpoint(tmp_path, base, fits, monkeypatch):
+    """Before the first step the network says what the other one said, and the variance's half is even: v = ½ everywhere."""
+    started, fit = [], training.fit
+    monkeypatch.setattr(objectives, "bits", lambda *_: 1.0)
+
+    def looked_at(model, *arguments, **options):
+        started.append(copy.deepcopy(model).eval())
+        return fit(model, *arguments, **options)
+
+    monkeypatch.setattr(training, "fit", looked_at)
+    card = recipes.train("tiny", out=tmp_path / "runs")
+    x, y = data.images(part("mnist").select(range(4)))
+    with torch.no_grad():
+        for t in (0.1, 0.9):
+            output, fraction = started[0].outputs(x, t, y=y)
+            torch.testing.assert_close(output, base.output(x, t, y=y), rtol=1e-4, atol=1e-5)
+            assert output.abs().max() > 0.1 and bool((fraction == 0.5).all())
+    assert not any(p.requires_grad for p in base.parameters()) and all(p.requires_grad for p in started[0].parameters())
+    trained = checkpoints.load("tiny", folder=tmp_path / "runs")
+    assert trained.learned_variance and trained.card["start"] == card["start"] == "base"
+    assert not torch.equal(trained.with_variance(x, 0.5, y=y)[1], torch.full_like(x, 0.5))
+
+
+def test_what_the_improved_network_is_trained_on_and_scored_by(tmp_path, base, fits):
+    """The hybrid loss on steps of a chain, dropped labels among them; the score are the bits of the averaged weights on 200 images."""
+    card = recipes.train("tiny", out=tmp_path / "runs")
+    ((_, loss, draw, options, done),) = fits
+    assert loss is losses.hybrid and options["lr"] == 1e-3
+    x, y = data.images(part("mnist"))
+    expected = training.batches(x, Cosine(), size=8, y=y, null=10, seed=3)
+    for step in range(4):
+        batch, plain = draw(step), expected(step)
+        assert all(torch.equal(batch[key], plain[key]) for key in ("x0", "eps", "y"))
+        assert torch.equal(batch["t"], (3 * plain["t"].double()).ceil() / 3)
+        torch.testing.assert_close(batch["t"] - batch["s"], torch.full((8,), 1 / 3, dtype=torch.float64))
+    with torch.no_grad():
+        few = data.balanced(x, y, 200, torch.Generator().manual_seed(0))
+        found = objectives.bits(done.ema, *few, Cosine().times(3), "learned")
+    assert card["scores"] == {"bits per dimension": round(found, 4)} and 0 < found < 30
+
+
+def test_a_stopped_improved_network_goes_on(tmp_path, base, monkeypatch):
+    """Stopped, it ends with the very weights of a run that was not, and does not start from the other checkpoint again."""
+    count, hybrid = [], losses.hybrid
+    monkeypatch.setattr(objectives, "bits", lambda *_: 1.0)
+
+    def stopping(*arguments, **batch):
+        count.append(1)
+        if len(count) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return hybrid(*arguments, **batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "hybrid", stopping)
+        with pytest.raises(KeyboardInterrupt, match="after step 3 of 4"):
+            recipes.train("tiny", out=tmp_path / "stopped")
+    recipes.train("tiny", out=tmp_path / "stopped")
+    recipes.train("tiny", out=tmp_path / "whole")
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
+def test_a_start_must_fit(tmp_path, base):
+    """Another network than the one that it starts from, but for more channels at its end, is refused before any training."""
+    for change in ({"channels": [16, 16]}, {"blocks": [1, 2]}, {"attention": True}):
+        recipes.RECIPES["tiny"] = IMPROVED | {"net": IMPROVED["net"] | change}
+        with pytest.raises((ValueError, RuntimeError)):
+            recipes.train("tiny", out=tmp_path / "runs")
+    recipes.RECIPES["tiny"] = IMPROVED | {"start": "nonesuch"}
+    with pytest.raises(ValueError, match="^name must be one of base; got 'nonesuch'"):
+        recipes.train("tiny", out=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_shipped_starts_are_shipped(monkeypatch):
+    """What a recipe starts from is a recipe on the same data and path, of the same network but for the channels at its end."""
+    monkeypatch.undo()
+    starting = {name: recipe for name, recipe in recipes.RECIPES.items() if "start" in recipe}
+    assert "mnist-improved" in starting
+    for recipe in starting.values():
+        before = recipes.RECIPES[recipe["start"]]
+        assert recipe["start"] in checkpoints.names()
+        assert all(recipe[key] == before[key] for key in ("data", "path", "predicts"))
+        channels = recipe["net"].get("out_channels")
+        assert recipe["net"] == before["net"] | ({"out_channels": channels} if channels else {})
+        assert recipe.get("learned_variance", False) == (channels == 2) and recipe["chain"] > 1
+        new, old = checkpoints.build(recipe).net, checkpoints.load(recipe["start"]).net
+        pairs = zip(new.parameters(), old.parameters(), strict=True)
+        grown = [one.shape for one, other in pairs if one.shape != other.shape]
+        assert [shape[0] for shape in grown] == [8, 8]  # weight and bias of the last layer, 2 channels of 2×2 pixels
+
+
+def test_the_noisy_classifier_knows_the_noise_of_the_network_it_guides(monkeypatch):
+    """One path for both, and the same data."""
+    monkeypatch.undo()
+    judges = [recipe for recipe in recipes.RECIPES.values() if "classifies" in recipe and "path" in recipe]
+    assert len(judges) == 1
+    for recipe in judges:
+        assert recipe["net"]["timed"] and recipe["path"] == recipes.RECIPES["mnist-unet"]["path"]
+        assert recipe["data"] == recipes.RECIPES["mnist-unet"]["data"]
+    timed = [name for name, recipe in recipes.RECIPES.items() if recipe.get("net", {}).get("timed")]
+    assert timed == ["mnist-noisy-classifier"]
 
 
 # Moved images -------------------------------------------------------------------------------------------------------

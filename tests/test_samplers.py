@@ -1,56 +1,81 @@
 """Samplers against formulas typed by hand, exact Gaussian recursions, and the exact flow of a mixture."""
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from oracles import (
     CONTINUOUS,
+    LAMBDA_END,
+    LAMBDA_START,
     PATHS,
     bayes_on_a_grid,
+    exact_flow,
     forward_kernel,
     known,
     known_rates,
+    mixture_denoiser,
     order_of,
     path_of,
+    time_of_lambda,
     time_on,
 )
 
-from dgm_course.denoisers import clipped
+from dgm_course.denoisers import Denoiser, clipped
 from dgm_course.paths import VE, VP, Cosine, DiscretePath, Straight, SubVP
 from dgm_course.samplers import (
     ddim,
+    ddim_inversion,
     ddim_step,
     ddpm,
     ddpm_step,
     dpm_solver_pp_2m,
     dpm_solver_pp_2m_step,
+    dpm_solver_pp_2s,
+    dpm_solver_pp_2s_step,
     euler_maruyama,
     heun,
     heun_step,
     last,
+    logsnr_times,
     predictor_corrector,
 )
 from dgm_course.schedules import cosine_betas, linear_betas
 
 GRID = [1.0, 0.8, 0.5, 0.45, 0.1, 0.0]  # uneven on purpose, from one end to the other
+
+
+def fraction(xt):
+    """What a network may say of its variance: another number for each value, sometimes a little outside of [0, 1]."""
+    return 0.5 + 0.55 * torch.sin(2 * xt)
+
+
+def learned(denoiser, *arguments, **options):
+    """`ddpm` with a denoiser that gives the pair."""
+    return ddpm(lambda xt, t: (denoiser(xt, t), fraction(xt)), *arguments, variance="learned", **options)
+
+
 SAMPLERS = {
     "ddpm": ddpm,
     "ddpm posterior": lambda *a, **k: ddpm(*a, variance="posterior", **k),
     "ddpm callable": lambda *a, **k: ddpm(*a, variance=lambda xt, x0, t, s: 0.01, **k),
+    "ddpm number": lambda *a, **k: ddpm(*a, variance=0.3, **k),
+    "ddpm learned": learned,
     "ddim": ddim,
     "ddim eta": lambda *a, **k: ddim(*a, eta=0.7, **k),
     "heun": lambda *a, generator=None: heun(*a),
     "2m": lambda *a, generator=None: dpm_solver_pp_2m(*a),
+    "2s": lambda *a, generator=None: dpm_solver_pp_2s(*a),
     "em": euler_maruyama,
     "em, corrector": predictor_corrector,
     "corrector, em": partial(predictor_corrector, order="corrector first", snr=0.3, corrector_steps=2),
     "ddpm, corrector": partial(predictor_corrector, predictor="ddpm"),
 }
 OF_THE_SDE = ["em", "em, corrector", "corrector, em"]  # they need a finite drift, so also at t = 1 if they start there
-RANDOM = ["ddpm", "ddpm posterior", "ddpm callable", "ddim eta", *OF_THE_SDE, "ddpm, corrector"]
+OF_DDPM = ["ddpm", "ddpm posterior", "ddpm callable", "ddpm number", "ddpm learned"]
+RANDOM = [*OF_DDPM, "ddim eta", *OF_THE_SDE, "ddpm, corrector"]
 all_samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 all_paths = pytest.mark.parametrize("name", PATHS)
 inside = pytest.mark.parametrize(
@@ -119,8 +144,10 @@ def typed_ddpm(name, xt, x0, t, s, variance, noise):
     (alpha_s, sigma_s), (alpha_t, sigma_t) = known(name, s), known(name, t)
     a, v = forward_kernel(name, s, t)
     gain = a * sigma_s**2 / sigma_t**2
-    var = {"beta": v, "posterior": sigma_s**2 - gain**2 * sigma_t**2}[variance] if sigma_s > 0 else 0.0
-    return alpha_s * x0 + gain * (xt - alpha_t * x0) + math.sqrt(var) * noise
+    lower = v * sigma_s**2 / (a**2 * sigma_s**2 + v)
+    share = {"beta": 1.0, "posterior": 0.0}.get(variance, variance) if isinstance(variance, str) else variance
+    var = v**share * lower ** (1 - share) if sigma_s > 0 else 0.0  # as a product of powers, with no logs
+    return alpha_s * x0 + gain * (xt - alpha_t * x0) + var**0.5 * noise
 
 
 def typed_heun(denoiser, name, xt, t, s):
@@ -141,6 +168,29 @@ def typed_2m(name, xt, x0, t, s, x0_before=None, t_before=None):
         r = (half_logsnr(name, t) - half_logsnr(name, t_before)) / h
         x0 = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
     return sigma_s / sigma_t * xt - alpha_s * (math.exp(-h) - 1) * x0
+
+
+@cache
+def middle(name, t, s):
+    """The time where λ is half way from t to s: by halving on the closed form; on the chain by looking at every time between."""
+    half = (half_logsnr(name, t) + half_logsnr(name, s)) / 2
+    if name == "chain":
+        return min(range(s + 1, t), key=lambda u: abs(half_logsnr(name, u) - half), default=None)
+    low, high = s, t
+    for _ in range(50):
+        u = (low + high) / 2
+        low, high = (u, high) if half_logsnr(name, u) > half else (low, u)
+    return low
+
+
+def typed_2s(denoiser, name, xt, t, s):
+    """DPM-Solver++(2S) of the paper, with any r: what it needs in the middle is a DDIM step to there."""
+    x0, u = denoiser(xt, t), middle(name, t, s)
+    if u is None:
+        return typed_2m(name, xt, x0, t, s)
+    r = (half_logsnr(name, u) - half_logsnr(name, t)) / (half_logsnr(name, s) - half_logsnr(name, t))
+    ahead = denoiser(typed_ddim(name, xt, x0, t, u), u)
+    return typed_2m(name, xt, (1 - 1 / (2 * r)) * x0 + 1 / (2 * r) * ahead, t, s)
 
 
 def typed_reverse(name, xt, x0, t, s, noise):
@@ -173,7 +223,7 @@ def test_ddim_step(name, eta, generator):
 
 
 @all_paths
-@pytest.mark.parametrize("variance", ["beta", "posterior"])
+@pytest.mark.parametrize("variance", ["beta", "posterior", 0, 1, 0.3])
 def test_ddpm_step(name, variance, generator):
     """ddpm_step against Gaussian conditioning; without noise its mean; into t = 0 it adds none."""
     xt, x0, noise = (normals(3, 2, generator=generator) for _ in "abc")
@@ -199,6 +249,51 @@ def test_ddpm_step_is_algorithm_2(t, variance, generator):
     var = beta if variance == "beta" else beta * (1 - abar[t - 1]) / (1 - abar[t])
     expected = (xt - beta / math.sqrt(1 - abar[t]) * eps) / math.sqrt(1 - beta) + math.sqrt(var) * noise
     close(ddpm_step(DiscretePath(betas), xt, x0, t, t - 1, variance=variance, noise=noise), expected)
+
+
+@all_paths
+@pytest.mark.parametrize("shape", [(3, 2), (2, 1, 2, 2)])
+def test_ddpm_step_with_a_fraction_for_each_value(name, shape, generator):
+    """What a network says, between β and β̃ and beyond: the variance is a product of their powers; 0 into t = 0."""
+    xt, x0, noise = (normals(*shape, generator=generator) for _ in "abc")
+    share = 0.5 + normals(*shape, generator=generator)
+    for t, s in (
+        (time_on(name, 0.8), time_on(name, 0.3)),
+        (time_on(name, 1.0), time_on(name, 0.95)),
+        (time_on(name, 0.1), 0),
+    ):
+        found = ddpm_step(path_of(name), xt, x0, t, s, variance=share, noise=noise)
+        close(found, typed_ddpm(name, xt, x0, t, s, share, noise))
+        close(ddpm_step(path_of(name), xt, x0, t, s, variance=share), typed_ddpm(name, xt, x0, t, s, share, 0.0))
+    rows = [torch.tensor(grid_of(name, units)[: len(xt)], dtype=torch.float64) for units in ([0.9, 0.5, 0.3], [0.8, 0.1, 0.0])]  # fmt: skip
+    found = ddpm_step(path_of(name), xt, x0, *rows, variance=share, noise=noise)
+    for i, (t, s) in enumerate(zip(*(row.tolist() for row in rows), strict=True)):
+        t, s = (round(t), round(s)) if name == "chain" else (t, s)
+        close(found[i], typed_ddpm(name, xt[i], x0[i], t, s, share[i], noise[i]))
+
+
+@pytest.mark.parametrize("says", [-1.0, 1.0, -0.5, 1.4])
+@pytest.mark.parametrize("low, high", [(-2.0, 2.0), (-0.3, 0.4)])
+def test_learned_variance_of_a_network(says, low, high, generator):
+    """A Denoiser's pair goes through `ddpm`, clipped or not, with conditions: −1 and 1 of the last channels stand for β̃ and β."""
+    x, seen, y, times = normals(3, 1, 2, 2, generator=generator), [], torch.tensor([2, 0, 1]), [50, 30, 29, 4, 0]
+
+    def net(xt, t, y):
+        seen.append(y)
+        return torch.cat([torch.tanh(3 * xt), torch.full_like(xt, says)], 1)
+
+    d, g = Denoiser(net, DiscretePath(linear_betas(50)), "x0", learned_variance=True), seeded(1)
+    pair = clipped(lambda xt, t: d.with_variance(xt, t, y=y), low, high)
+    states = list(ddpm(pair, d.path, x, times, variance="learned", generator=seeded(1)))
+    abar = np.cumprod(np.append(1.0, 1 - np.linspace(2e-3, 0.4, 50)))
+    for state, t, s in zip(states, times, times[1:], strict=False):
+        beta, x0 = 1 - abar[t] / abar[s], torch.tanh(3 * x).clamp(low, high)
+        tilde = beta * (1 - abar[s]) / (1 - abar[t])
+        x = math.sqrt(abar[s]) * beta / (1 - abar[t]) * x0 + math.sqrt(1 - beta) * (1 - abar[s]) / (1 - abar[t]) * x
+        if s:
+            x = x + beta ** ((1 + says) / 4) * tilde ** ((1 - says) / 4) * normals(*x.shape, generator=g)
+        close(state, x)
+    assert len(seen) == 4 and all(said is y for said in seen)
 
 
 @all_paths
@@ -286,6 +381,10 @@ def stepped(sampler, name, x, times, seed):
             x = typed_ddpm(name, x, x0, t, s, "posterior", draw())
         elif sampler == "ddpm callable":
             x = typed_ddpm(name, x, x0, t, s, "posterior", 0.0) + 0.1 * draw()
+        elif sampler == "ddpm number":
+            x = typed_ddpm(name, x, x0, t, s, 0.3, draw())
+        elif sampler == "ddpm learned":
+            x = typed_ddpm(name, x, x0, t, s, fraction(x), draw())
         elif sampler == "ddim":
             x = typed_ddim(name, x, x0, t, s)
         elif sampler == "ddim eta":
@@ -300,6 +399,8 @@ def stepped(sampler, name, x, times, seed):
             x = typed_reverse(name, x, x0, t, s, draw())
         elif sampler == "ddpm, corrector":
             x = typed_ddpm(name, x, x0, t, s, "beta", draw())
+        elif sampler == "2s":
+            x = typed_2s(smooth, name, x, t, s)
         elif sampler == "2m":
             x = typed_2m(name, x, x0, t, s, x0_before, times[i - 1] if i else None)
         if sampler in ("em, corrector", "ddpm, corrector"):
@@ -333,6 +434,10 @@ def test_sampler_is_its_step_function(name, generator):
     x = start
     for i, state in enumerate(heun(smooth, path, start, times)):
         x = heun_step(smooth, path, x, times[i], times[i + 1])
+        close(state / scale, x / scale)
+    x = start
+    for i, state in enumerate(dpm_solver_pp_2s(smooth, path, start, times)):
+        x = dpm_solver_pp_2s_step(smooth, path, x, times[i], times[i + 1])
         close(state / scale, x / scale)
     x, before = start, (None, None)
     for i, state in enumerate(dpm_solver_pp_2m(smooth, path, start, times)):
@@ -402,7 +507,7 @@ def test_ddim_shrinks_a_gaussian():
 
 
 @pytest.mark.parametrize("name", ["VP", "Cosine", "Straight", "VE"])
-@pytest.mark.parametrize("sampler", ["ddim", "heun", "2m"])
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "2m", "2s"])
 def test_solvers_tend_to_the_exact_map(name, sampler):
     """For data N(0, 1/4) the flow maps x_t to x_s·√(Var_s/Var_t); the solvers come close with many steps."""
     times = np.linspace(0.9, 0.1, 301)
@@ -467,7 +572,7 @@ def test_ancestral_sampling_with_the_right_variance_is_exact():
 
 # Orders ---------------------------------------------------------------------------------------------------------------
 
-ORDERS = {"ddim": (ddim, 1), "heun": (heun, 2), "2m": (dpm_solver_pp_2m, 2)}
+ORDERS = {"ddim": (ddim, 1), "heun": (heun, 2), "2m": (dpm_solver_pp_2m, 2), "2s": (dpm_solver_pp_2s, 2)}
 
 
 @pytest.mark.parametrize("solver", ORDERS)
@@ -498,6 +603,162 @@ def test_2m_extrapolates_exactly(ratio, generator):
     close(step, expected)
     states = list(dpm_solver_pp_2m(lambda x, t: x0_at(math.log(1 / math.tan(math.pi * t / 2))), Cosine(), xt, times))
     close(states[1], typed_2m("Cosine", states[0], x0_at((lam[1] + lam[2]) / 2), times[1], times[2]))
+
+
+# Back to the noise ----------------------------------------------------------------------------------------------------
+
+
+def typed_inversion(name, x, x0, s, t):
+    """The step from s up to t: x̂_0 and ε̂ at s, put together again at t."""
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = known(name, s), known(name, t)
+    return alpha_t * x0 + sigma_t * (x - alpha_s * x0) / sigma_s
+
+
+@all_paths
+def test_ddim_inversion_by_hand(name, generator):
+    """Every state is the typed formula applied to the one before, up to pure noise; the denoiser is asked where a step starts."""
+    times, seen = grid_of(name, [0.05, 0.3, 0.5, 0.55, 0.9, 1.0]), []
+    x = start = normals(3, 2, generator=generator)
+
+    def denoiser(xt, t):
+        assert isinstance(t, float)
+        seen.append(t)
+        return smooth(xt, t)
+
+    states = list(ddim_inversion(denoiser, path_of(name), x, times))
+    before, scale = x.clone(), max(1.0, known(name, times[-1])[1])
+    for state, s, t in zip(states, times, times[1:], strict=False):
+        x = typed_inversion(name, x, smooth(x, s), s, t)
+        close(state / scale, x / scale)
+    assert seen == times[:-1] and len(states) == 5 and torch.equal(start, before)
+    assert len({tensor.data_ptr() for tensor in (start, *states)}) == 6
+
+
+@all_paths
+def test_ddim_and_back_for_one_point(name, generator):
+    """If x̂_0 is the same everywhere, up and down again changes nothing at all, over any steps."""
+    x0, x = normals(3, 2, generator=generator), normals(3, 2, generator=generator)
+    up = grid_of(name, [0.1, 0.5, 0.95])
+    there = last(ddim_inversion(lambda xt, t: x0, path_of(name), x, up))
+    (alpha, sigma), (alpha_t, sigma_t) = known(name, up[0]), known(name, up[-1])
+    close((there - alpha_t * x0) / sigma_t, (x - alpha * x0) / sigma)
+    close(last(ddim(lambda xt, t: x0, path_of(name), there, up[::-1])), x)
+
+
+@pytest.mark.parametrize("name", ["VP", "Cosine", "Sigmoid", "chain"])
+def test_ddim_inversion_on_a_gaussian(name, generator):
+    """Data N(0, 1) on the circle: each step up turns by an angle too, so up and down together shrink by its cosine squared."""
+    times = grid_of(name, [0.1, 0.2, 0.45, 0.8, 1.0])
+    x = normals(5, 1, generator=generator)
+    angle = [math.atan2(*reversed(known(name, t))) for t in times]
+    factor = math.prod(math.cos(a - b) for a, b in zip(angle[:-1], angle[1:], strict=True))
+    d = gaussian_denoiser(name, 1.0)[0]
+    there = last(ddim_inversion(d, path_of(name), x, times))
+    close(there, factor * x)
+    close(last(ddim(d, path_of(name), there, times[::-1])), factor**2 * x)
+
+
+@pytest.mark.parametrize("name", ["VP", "Cosine", "Straight"])
+def test_order_of_ddim_inversion(name):
+    """Up to the noise the error is of order 1 against the exact flow; up and down again it is too: the two do not cancel."""
+    path, d = path_of(name), mixture_denoiser(path_of(name))
+    noise = np.linspace(-1.8, 1.8, 13) * math.hypot(1, math.exp(-LAMBDA_START))
+    data, up, both = exact_flow(noise), [], []
+    for count in (40, 80, 160):
+        times = time_of_lambda(name, torch.linspace(LAMBDA_END, LAMBDA_START, count + 1, dtype=torch.float64))
+        (alpha, _), (alpha_t, _) = known(name, times[0].item()), known(name, times[-1].item())
+        x = alpha * torch.from_numpy(data)[:, None]
+        there = last(ddim_inversion(d, path, x, times))
+        up.append(np.abs(there[:, 0].numpy() / alpha_t - noise).mean())
+        both.append((last(ddim(d, path, there, times.flip(0))) - x).abs().mean().item())
+    for errors in (up, both):
+        slopes = [math.log2(errors[i] / errors[i + 1]) for i in (0, 1)]
+        assert all(abs(slope - 1) < 0.15 for slope in slopes), slopes
+
+
+def test_ddim_inversion_checks_its_arguments():
+    """At the call, before any step; what does not fit is named. A state that is not finite raises at its step."""
+    x, path, chain = torch.ones(2, 3), Cosine(), DiscretePath([0.1] * 4)
+
+    def never(xt, t):
+        raise AssertionError("the denoiser was called")
+
+    def run(times, path=path, x=x):
+        return lambda: ddim_inversion(never, path, x, times)
+
+    cases = [
+        (ValueError, r"^times must be strictly ascending, shape \(N \+ 1,\).*got \[0.9, 0.5\]", run([0.9, 0.5])),
+        (ValueError, "^times must be strictly ascending", run([0.1, 0.5, 0.5])),
+        (ValueError, "^times must be strictly ascending", run([0.1])),
+        (ValueError, "^times must be strictly ascending", run(0.5)),
+        (ValueError, "^times must be strictly ascending", run([[0.1, 0.5]])),
+        (ValueError, "^times must be strictly ascending", run([0.1, math.nan])),
+        (ValueError, "^times must start where σ > 0; got 0 as the first", run([0.0, 0.5])),
+        (ValueError, "^times must start where σ > 0; got 0 as the first", run([0, 2], path=chain)),
+        (ValueError, r"^times must lie in \[0, 1\]", run([0.5, 1.1])),
+        (ValueError, r"^times must lie in \[0, 1\]", run([-0.1, 0.5])),
+        (ValueError, "^times must be a whole number", run([1, 1.5, 4], path=chain)),
+        (TypeError, "^x must be a floating-point tensor", run([0.1, 0.5], x=x.long())),
+        (TypeError, "^path must be a GaussianPath; got str", run([0.1, 0.5], path="cosine")),
+    ]
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
+    states = ddim_inversion(lambda xt, t: xt / (t != 0.4), path, x, [0.2, 0.4, 0.7])
+    assert next(states).isfinite().all()
+    with pytest.raises(FloatingPointError, match="^the state is not finite after step 2 of 2, from t = 0.4 to 0.7"):
+        next(states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ddim_inversion_of_images(dtype, generator):
+    """Images keep type and shape, no gradient flows, and the times may come as a list, an array or whole numbers."""
+    x, chain = torch.rand(2, 1, 4, 4, generator=generator, dtype=dtype), DiscretePath(linear_betas(50))
+    runs = [last(ddim_inversion(smooth, chain, x.requires_grad_(), times))
+            for times in ([2, 20, 50], (2.0, 20.0, 50.0), torch.tensor([2, 20, 50]), np.array([2, 20, 50]))]  # fmt: skip
+    for run in runs:
+        assert torch.equal(run, runs[0]) and run.dtype == dtype and run.shape == x.shape and not run.requires_grad
+    assert torch.is_grad_enabled()
+
+
+# Grids ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("steps, start, end", [(2, 0.9, 0.1), (3, 0.99, 1e-3), (20, 0.95, 0.02)])
+def test_logsnr_times(name, steps, start, end):
+    """From start to end the closed form's log-SNR rises in equal steps, to 1e-8; then one to 0. Both ends are met exactly."""
+    times = logsnr_times(path_of(name), steps, start, end)
+    assert times.shape == (steps + 1,) and times.dtype == torch.float64
+    assert times[0] == start and times[-2] == end and times[-1] == 0 and bool((times.diff() < 0).all())
+    logsnr = np.array([2 * half_logsnr(name, t) for t in times[:-1].tolist()])
+    expected = np.linspace(2 * half_logsnr(name, start), 2 * half_logsnr(name, end), steps)
+    assert np.abs(logsnr - expected).max() < 1e-8
+    out = last(ddim(smooth, path_of(name), torch.ones(1, 1, dtype=torch.float64), times))
+    assert bool(out.isfinite().all())
+
+
+def test_logsnr_times_solved_by_hand():
+    """On the cosine path t = 2/π·atan e^(−λ)."""
+    times = logsnr_times(Cosine(), 5, start=0.98, end=0.04)
+    lam = np.linspace(-math.log(math.tan(0.49 * math.pi)), -math.log(math.tan(0.02 * math.pi)), 5)
+    close(times, [*(2 / math.pi * np.arctan(np.exp(-lam))), 0.0], 1e-12)
+
+
+def test_logsnr_times_checks_its_arguments():
+    """What does not fit is named; a chain has no time for each log-SNR."""
+    cases = [
+        *[("^steps must be a whole number of at least 2; got", Cosine(), steps, 0.9, 0.1) for steps in (1, 0, -3, 2.0)],
+        *[("^start and end must satisfy 0 < end < start", Cosine(), 5, *ends)
+          for ends in ((0.1, 0.9), (0.5, 0.5), (0.5, 0.0), (0.5, -0.1), (math.nan, 0.1))],
+        ("^start and end must be times with a finite log-SNR; got 1.0 and 0.1", Straight(), 5, 1.0, 0.1),
+        (r"^t must lie in \[0, 1\]", Cosine(), 5, 1.2, 0.1),
+        ("has whole times only", DiscretePath(linear_betas(50)), 5, 50, 1),
+    ]  # fmt: skip
+    for message, *arguments in cases:
+        with pytest.raises(ValueError, match=message):
+            logsnr_times(*arguments)
+    assert logsnr_times(VP(), 4, 1.0, 0.001)[0] == 1  # a path on which some signal is left to the end
 
 
 # What every sampler promises ------------------------------------------------------------------------------------------
@@ -550,7 +811,7 @@ def test_a_perfect_denoiser_is_obeyed(sampler, generator):
         assert out.data_ptr() != x0.data_ptr()
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "heun", "2m"])
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "2m", "2s"])
 def test_the_noise_follows_a_clipped_x0(sampler, generator):
     """After a step with a clipped x̂_0 the state lies on the path through it: ε̂ is worked out again from what was clipped."""
     x = 3 * normals(3, 2, generator=generator)
@@ -558,6 +819,9 @@ def test_the_noise_follows_a_clipped_x0(sampler, generator):
     t, s = 0.6, 0.5
     state = last(SAMPLERS[sampler](d, Cosine(), x, [t, s]))
     x0, (alpha_t, sigma_t), (alpha_s, sigma_s) = d(x, t), known("Cosine", t), known("Cosine", s)
+    if sampler == "2s":
+        u = middle("Cosine", t, s)
+        assert torch.equal(d(typed_ddim("Cosine", x, x0, t, u), u), x0)
     if sampler == "heun":
         ahead = alpha_s * x0 + sigma_s * (x - alpha_t * x0) / sigma_t
         assert torch.equal(d(ahead, s), x0)  # the same corner, so the second slope is the first
@@ -711,6 +975,22 @@ def test_options_are_checked_at_the_call():
         (ValueError, "^x0_before and t_before must be given together",
          lambda: dpm_solver_pp_2m_step(path, x, x, 0.5, 0.4, t_before=0.6)),
     ]  # fmt: skip
+    half = {"variance": torch.full((2, 3), 0.5)}
+    cases += [
+        *[(ValueError, r"^variance must be 'beta', 'posterior' or a number in \[0, 1\]; got",
+           lambda bad=bad: ddpm(smooth, path, x, GRID, variance=bad)) for bad in (1.01, -0.1, math.nan, True, None)],
+        (ValueError, "^variance must be", lambda: ddpm_step(path, x, x, 0.5, 0.4, variance=2)),
+        (ValueError, r"^variance must have the shape of xt, \(2, 3\); got \(2, 1\)",
+         lambda: ddpm_step(path, x, x, 0.5, 0.4, variance=x[:, :1], noise=x)),
+        (TypeError, "^variance must be a floating-point tensor",
+         lambda: ddpm_step(path, x, x, 0.5, 0.4, variance=x.long(), noise=x)),
+        (ValueError, "^noise must have the shape of xt", lambda: ddpm_step(path, x, x, 0.5, 0.4, **half, noise=x[:1])),
+        (ValueError, "^x0 must have the shape of xt", lambda: ddpm_step(path, x, x[:1], 0.5, 0.4, **half, noise=x)),
+        (ValueError, "^s must be less than t", lambda: ddpm_step(path, x, x, 0.5, 0.5, **half, noise=x)),
+        (ValueError, "^s must be less than t", lambda: dpm_solver_pp_2s_step(smooth, path, x, 0.5, 0.5)),
+        (ValueError, "^s must be less than t", lambda: dpm_solver_pp_2s_step(smooth, path, x, 0.4, 0.5)),
+        (ValueError, r"^t must lie in \[0, 1\]", lambda: dpm_solver_pp_2s_step(smooth, path, x, 1.4, 0.5)),
+    ]  # fmt: skip
     for step in (ddim_step, ddpm_step, dpm_solver_pp_2m_step):
         cases += [(ValueError, "^s must be less than t", lambda step=step: step(path, x, x, 0.4, 0.5))]
     cases += [(ValueError, "^s must be less than t", lambda: heun_step(smooth, path, x, 0.5, 0.5))]
@@ -720,10 +1000,28 @@ def test_options_are_checked_at_the_call():
             call()
 
 
-@pytest.mark.parametrize("calls", [("ddim", 1), ("2m", 1), ("ddpm", 1), ("heun", 2)])
-def test_evaluations(calls):
-    """One evaluation a step, Heun two, but one where a step starts without signal or ends at the data; t is a float."""
-    sampler, each = calls
+ONCE = GRID[:-1]
+CALLS = {
+    "ddim": ONCE,
+    "2m": ONCE,
+    **{sampler: ONCE for sampler in OF_DDPM},
+    "heun": [1.0, 0.8, 0.5, 0.5, 0.45, 0.45, 0.1, 0.1],
+    "2s": [
+        1.0,
+        0.8,
+        middle("Cosine", 0.8, 0.5),
+        0.5,
+        middle("Cosine", 0.5, 0.45),
+        0.45,
+        middle("Cosine", 0.45, 0.1),
+        0.1,
+    ],
+}
+
+
+@pytest.mark.parametrize("sampler", CALLS)
+def test_evaluations(sampler):
+    """One evaluation a step, Heun and 2S two, but one where a step starts without signal or ends at the data; t is a float."""
     seen = []
 
     def denoiser(xt, t):
@@ -732,7 +1030,7 @@ def test_evaluations(calls):
         return smooth(xt, t)
 
     last(SAMPLERS[sampler](denoiser, Cosine(), torch.ones(1, 1), GRID))
-    assert seen == (GRID[:-1] if each == 1 else [1.0, 0.8, 0.5, 0.5, 0.45, 0.45, 0.1, 0.1])
+    assert seen == pytest.approx(CALLS[sampler], abs=1e-12)
 
 
 def test_times_in_any_form(generator):

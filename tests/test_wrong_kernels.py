@@ -20,25 +20,29 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from dgm_course import gan, vae
 from dgm_course.denoisers import Denoiser, clipped
 from dgm_course.divergences import gaussian_kl, jensen_shannon, standard_kl
+from dgm_course.guidance import classifier, classifier_free
 from dgm_course.likelihood import bits_per_dim, bound, prior_term
-from dgm_course.losses import bound_term, simple
+from dgm_course.losses import bound_term, hybrid, simple
 from dgm_course.metrics import frechet_distance, inception_score, precision_recall
 from dgm_course.nets import perceptron
 from dgm_course.nets.embeddings import sinusoids
 from dgm_course.paths import VP, Cosine, DiscretePath, SubVP
 from dgm_course.samplers import (
     ddim,
+    ddim_inversion,
     ddim_step,
     ddpm,
     ddpm_step,
     dpm_solver_pp_2m,
     dpm_solver_pp_2m_step,
+    dpm_solver_pp_2s,
     euler_maruyama_step,
     forward_euler_maruyama,
     heun,
     langevin,
     langevin_step,
     last,
+    picard,
     predictor_corrector,
 )
 from dgm_course.schedules import cosine_betas, linear_betas
@@ -431,6 +435,11 @@ def typed_ancestral(std_of, x0_coefficient=lambda s, t: math.sqrt(ABAR[s]) * (1 
     return sample
 
 
+def one_by_one(denoiser):
+    """The denoiser for samples that each have a time of their own."""
+    return lambda x, t: torch.cat([denoiser(row[None], time.item()) for row, time in zip(x, t, strict=True)])
+
+
 def tilde(s, t):
     return (1 - ABAR[t] / ABAR[s]) * (1 - ABAR[s]) / (1 - ABAR[t])
 
@@ -468,9 +477,17 @@ CASES["last step"] = Case(
         "ours, β": lambda d, x, times, g: last(ddpm(d, CHAIN, x, times, generator=g)),
         "ours, β̃": lambda d, x, times, g: last(ddpm(d, CHAIN, x, times, variance="posterior", generator=g)),
         "ours, callable": lambda d, x, times, g: last(ddpm(d, CHAIN, x, times, variance=lambda *_: 0.1, generator=g)),
+        "ours, between": lambda d, x, times, g: last(ddpm(d, CHAIN, x, times, variance=0.5, generator=g)),
+        "ours, learned": lambda d, x, times, g: last(
+            ddpm(lambda x, t: (d(x, t), 0.5 + 0 * x), CHAIN, x, times, variance="learned", generator=g)
+        ),
+        "ours, Picard": lambda d, x, times, g: last(
+            picard(one_by_one(d), CHAIN, x, times, tol=0, eta=1.0, generator=g)
+        ),
         "ours, DDIM η = 1": lambda d, x, times, g: last(ddim(d, CHAIN, x, times, eta=1.0, generator=g)),
         "ours, Heun": lambda d, x, times, g: last(heun(d, CHAIN, x, times)),
         "ours, 2M": lambda d, x, times, g: last(dpm_solver_pp_2m(d, CHAIN, x, times)),
+        "ours, 2S": lambda d, x, times, g: last(dpm_solver_pp_2s(d, CHAIN, x, times)),
         "typed": typed_ancestral(lambda s, t: math.sqrt(tilde(s, t))),
         "typed 2M": typed_2m_run(ratio_at_the_end=False),
     },
@@ -790,6 +807,129 @@ CASES["2M's extrapolation"] = Case(
         "h_last for h": typed_2m_solver(length=lambda h, h_last: h_last),
         "no memory": typed_2m_solver(past=lambda h, h_last: 0.0),
         "½ forgotten": typed_2m_solver(past=lambda h, h_last: h / h_last),
+    },
+)
+
+
+def typed_2s_solver(
+    share=lambda r: 1 / (2 * r), inner=lambda h, r: r * h, ratio=lambda h, h_inner: h_inner / h, told="inner"
+):
+    """2S between known times; on a path the middle in λ, on the chain the whole time nearest to it."""
+
+    def solve(denoiser, path, x, times):
+        name = "chain" if path is CHAIN else "Cosine"
+
+        def lam(t):
+            return math.log(known(name, t)[0] / known(name, t)[1])
+
+        for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+            h = lam(s) - lam(t)
+            if path is CHAIN:
+                u = min(range(int(s) + 1, int(t)), key=lambda u, t=t, h=h: abs(lam(u) - lam(t) - h / 2))
+            else:
+                u = 2 / math.pi * math.atan(math.exp(-(lam(t) + h / 2)))
+            r = ratio(h, lam(u) - lam(t))
+            (_, s_t), (a_u, s_u), (a_s, s_s) = (known(name, time) for time in (t, u, s))
+            x0 = denoiser(x, t)
+            ahead = s_u / s_t * x - a_u * math.expm1(-inner(h, r)) * x0
+            second = denoiser(ahead, u if told == "inner" else t)
+            w = share(r)
+            x = s_s / s_t * x - a_s * math.expm1(-h) * ((1 - w) * x0 + w * second)
+        return x
+
+    return solve
+
+
+def ours_2s(denoiser, path, x, times):
+    return last(dpm_solver_pp_2s(denoiser, path, x, times))
+
+
+CASES["2S's order"] = Case(
+    has_order(2),
+    {"ours": ours_2s, "typed": typed_2s_solver()},
+    {
+        "second evaluation not used": typed_2s_solver(share=lambda r: 0.0),
+        "1/r for 1/(2r)": typed_2s_solver(share=lambda r: 1 / r),
+        "h for rh on the way to the middle": typed_2s_solver(inner=lambda h, r: h),
+        "the middle told the first time": typed_2s_solver(told="outer"),
+        "mean of both guesses": typed_2s_solver(share=lambda r: 0.5),
+    },
+)
+
+
+def meets_a_line_on_a_chain(solve):
+    """Where x̂_0 = c + k·λ one step on the chain must use its value at the middle λ, although no time lies there; and the second
+    guess must be asked for where DDIM leads: a denoiser that depends on the state differs by its share of that."""
+    for t, s in ((20, 2), (16, 9), (9, 2), (5, 3)):
+        lam = {u: math.log(known("chain", u)[0] / known("chain", u)[1]) for u in range(s, t + 1)}
+        half = (lam[t] + lam[s]) / 2
+        u = min(range(s + 1, t), key=lambda u, lam=lam, half=half: abs(lam[u] - half))
+        (a_t, s_t), (a_u, s_u), (a_s, s_s) = (known("chain", time) for time in (t, u, s))
+        x = tensor(0.9)[:, None]
+        for k in (0.0, 0.2):
+
+            def denoiser(x, time, lam=lam, k=k):
+                return 0.3 + 1.7 * lam[int(time)] + k * x
+
+            first = 0.3 + 1.7 * lam[t] + k * 0.9
+            ahead = a_u * first + s_u * (0.9 - a_t * first) / s_t
+            mixed = 0.3 + 1.7 * half + k * 0.9 + k * (ahead - 0.9) * (half - lam[t]) / (lam[u] - lam[t])
+            out = solve(denoiser, CHAIN, x, tensor(float(t), float(s)))
+            near(out, a_s * mixed + s_s * (0.9 - a_t * mixed) / s_t, 1e-9)
+
+
+CASES["2S on a chain"] = Case(
+    meets_a_line_on_a_chain,
+    {"ours": ours_2s, "typed": typed_2s_solver()},
+    {
+        "r taken for ½": typed_2s_solver(share=lambda r: 1.0),
+        "r inverted": typed_2s_solver(share=lambda r: r / 2),
+        "half of h on the way to the middle": typed_2s_solver(inner=lambda h, r: h / 2),
+        "1 − r for r": typed_2s_solver(share=lambda r: 1 / (2 * (1 - r))),
+        "second evaluation not used": typed_2s_solver(share=lambda r: 0.0),
+    },
+)
+
+
+# A kernel takes (denoiser, x, times), ascending, and goes from the data to the noise on the cosine path.
+
+
+def goes_back(walk):
+    """Each step takes x̂_0 and ε̂ where it starts to where it ends; an order test cannot tell where it asks."""
+    times, x, angle = [0.1, 0.35, 0.5, 0.9], 0.8, math.pi / 2
+
+    def guess(x, t):
+        return math.tanh(1.4 * x - t)
+
+    def denoiser(x, t):
+        return torch.tanh(1.4 * x - t)
+
+    for s, t in zip(times, times[1:], strict=False):
+        eps = (x - math.cos(angle * s) * guess(x, s)) / math.sin(angle * s)
+        x = math.cos(angle * t) * guess(x, s) + math.sin(angle * t) * eps
+    near(walk(denoiser, tensor(0.8)[:, None], times), x)
+
+
+def typed_walk(at=lambda s, t: s, split=lambda s, t: s, noise=lambda s, t: t):
+    def walk(denoiser, x, times):
+        for s, t in zip(times, times[1:], strict=False):
+            x0, angle = denoiser(x, at(s, t)), math.pi / 2 * split(s, t)
+            eps = (x - math.cos(angle) * x0) / math.sin(angle)
+            x = math.cos(math.pi / 2 * t) * x0 + math.sin(math.pi / 2 * noise(s, t)) * eps
+        return x
+
+    return walk
+
+
+CASES["DDIM backwards"] = Case(
+    goes_back,
+    {"ours": lambda d, x, times: last(ddim_inversion(d, Cosine(), x, times)), "typed": typed_walk()},
+    {
+        "asked for the time it goes to": typed_walk(at=lambda s, t: t),
+        "taken to be where it goes": typed_walk(at=lambda s, t: t, split=lambda s, t: t),
+        "split at the time it goes to": typed_walk(split=lambda s, t: t),
+        "σ not moved": typed_walk(noise=lambda s, t: s),
+        "down instead of up": lambda d, x, times: last(ddim(d, Cosine(), x, times[::-1])),
     },
 )
 
@@ -1427,6 +1567,269 @@ CASES["bits"] = Case(
         "D missing": lambda nats, x0: nats / math.log(2),
         "channels not counted": lambda nats, x0: nats / math.log(2) / math.prod(x0.shape[-2:]),
         "log 256 for log 2": lambda nats, x0: nats / math.log(256) / x0[0].numel(),
+    },
+)
+
+
+# A learned variance ---------------------------------------------------------------------------------------------------
+# A kernel takes (said, s, t), what the network says in [−1, 1], and gives the variance of the step from t to s on the chain.
+
+
+def is_between_in_logs(variance):
+    """−1 stands for β̃ and 1 for β, of this very step, and 0 for their geometric mean; into the data it is β, for it has no log 0."""
+    for s, t in ((1, 2), (5, 6), (19, 20), (3, 9), (10, 20)):
+        beta = 1 - ABAR[t] / ABAR[s]
+        args = math.sqrt(ABAR[s]), math.sqrt(1 - ABAR[s]), math.sqrt(1 - beta), beta, 0.3, 0.7
+        least = bayes_on_a_grid(*args)[1]
+        for said, expected in (
+            (-1.0, least),
+            (1.0, beta),
+            (0.0, math.sqrt(least * beta)),
+            (0.5, (least * beta**3) ** 0.25),
+        ):
+            near(variance(said, s, t) / expected, 1.0, 1e-8)
+    for said in (-1.0, 0.0, 1.0):
+        near(variance(said, 0, 1) / BETAS[0], 1.0)
+
+
+def our_learned_variance(said, s, t):
+    net = Denoiser(lambda x, u: torch.cat([x, torch.full_like(x, said)], 1), CHAIN, "x0", learned_variance=True)
+    return CHAIN.log_variance(s, t, net.with_variance(tensor([0.0]), t)[1]).exp().item()
+
+
+def typed_learned(fraction=lambda said: (said + 1) / 2, mix=None, ends=None):
+    """exp(v·log β + (1 − v)·log β̃), with one thing at a time to get wrong."""
+
+    def variance(said, s, t):
+        upper = 1 - ABAR[t] / ABAR[s]
+        lower = tilde(s, t) or upper
+        upper, lower = ends(s, t, upper, lower) if ends else (upper, lower)
+        v = fraction(said)
+        return mix(v, upper, lower) if mix else math.exp(v * math.log(upper) + (1 - v) * math.log(lower))
+
+    return variance
+
+
+def log_without_a_clip(said, s, t):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        v, beta = np.float64((said + 1) / 2), 1 - ABAR[t] / ABAR[s]
+        return float(np.exp(v * np.log(beta) + (1 - v) * np.log(np.float64(tilde(s, t)))))
+
+
+CASES["learned variance"] = Case(
+    is_between_in_logs,
+    {"ours": our_learned_variance, "typed": typed_learned()},
+    {
+        "variances for logs": typed_learned(mix=lambda v, upper, lower: v * upper + (1 - v) * lower),
+        "deviations for logs": typed_learned(
+            mix=lambda v, upper, lower: (v * math.sqrt(upper) + (1 - v) * math.sqrt(lower)) ** 2
+        ),
+        "ends swapped": typed_learned(fraction=lambda said: (1 - said) / 2),
+        "said taken for the fraction": typed_learned(fraction=lambda said: said),
+        "half of the log": typed_learned(mix=lambda v, upper, lower: math.sqrt(upper**v * lower ** (1 - v))),
+        "taken for the log-variance itself": lambda said, s, t: math.exp(said),
+        "log of 0": log_without_a_clip,
+        "one step's β for a skip": typed_learned(ends=lambda s, t, upper, lower: (BETAS[t - 1], lower)),
+        "ᾱ_{t−1} for ᾱ_t in β̃": typed_learned(
+            ends=lambda s, t, upper, lower: (upper, upper * (1 - ABAR[s]) / (1 - ABAR[t - 1]) if s else lower)
+        ),
+        "β throughout": typed_learned(mix=lambda v, upper, lower: upper),
+    },
+)
+
+
+# A kernel takes (said, raw, x0, eps, t) of one sample on the chain, noise prediction and its variance, each (1, D): the hybrid loss.
+
+
+def teaches_each_half_its_own(loss):
+    """In the prediction the gradient is that of the mean squared error, bit by bit; in the variance's half it is the slope of
+    the bound's term, torch's KL divergence, in bits for each value, with T times its weight 0.001 being 1."""
+    x0, eps = tensor([0.4, -0.7, 0.1]), tensor([0.3, 1.2, -0.8])
+    for t in (2, 7, 20):
+        said, raw = tensor([0.5, 0.6, -0.2]).requires_grad_(), tensor([-0.4, 0.3, 0.8]).requires_grad_()
+        first, second = torch.autograd.grad(
+            loss(said, raw, x0, eps, t), [said, raw], allow_unused=True, materialize_grads=True
+        )
+        near(first, 2 * (said.detach() - eps) / 3, 1e-12)
+        before, now, beta = ABAR[t - 1], ABAR[t], BETAS[t - 1]
+        xt = math.sqrt(now) * x0 + math.sqrt(1 - now) * eps
+        guess = (xt - math.sqrt(1 - now) * said.detach()) / math.sqrt(now)
+
+        def mean(x0, before=before, now=now, beta=beta, xt=xt):
+            return (math.sqrt(before) * beta * x0 + math.sqrt(1 - beta) * (1 - before) * xt) / (1 - now)
+
+        share = (raw + 1) / 2
+        p = Normal(mean(guess), (beta**share * tilde(t - 1, t) ** (1 - share)).sqrt())
+        bits = kl_divergence(Normal(mean(x0), math.sqrt(tilde(t - 1, t))), p).sum() / (3 * math.log(2))
+        near(second, torch.autograd.grad(bits, raw)[0], 1e-8)
+        away = (said.detach() - eps).square().mean() + bits.detach()
+        near(loss(said, raw, x0, eps, t).detach(), away, 1e-8)
+
+
+def our_hybrid(said, raw, x0, eps, t):
+    d = Denoiser(lambda x, u: torch.cat([said, raw], 1), CHAIN, "eps", learned_variance=True)
+    return hybrid(d, x0, t - 1, t, eps)
+
+
+def typed_hybrid(hold=lambda said, raw: (said.detach(), raw), unit=None, each=3, weight=1.0, flip=False, wide=False):
+    def loss(said, raw, x0, eps, t):
+        before, now, beta = ABAR[t - 1], ABAR[t], BETAS[t - 1]
+        kept, told = hold(said, raw)
+        xt = math.sqrt(now) * x0 + math.sqrt(1 - now) * eps
+        gap = math.sqrt(before) * beta / (1 - now) * (x0 - (xt - math.sqrt(1 - now) * kept) / math.sqrt(now))
+        least, v = tilde(t - 1, t), (told + 1) / 2
+        log_var = v * math.log(beta) + (1 - v) * math.log(least)
+        kl = 0.5 * (gap.square() / log_var.exp() + (math.log(least) - log_var).exp() - 1 - math.log(least) + log_var)
+        if flip:
+            kl = 0.5 * (gap.square() / least + (log_var - math.log(least)).exp() - 1 + math.log(least) - log_var)
+        error = (torch.cat([said, raw], 1) - torch.cat([eps, 0 * raw], 1)).square() if wide else (said - eps).square()
+        return error.mean() + weight * kl.sum() / (each * (unit or math.log(2)))
+
+    return loss
+
+
+CASES["hybrid loss"] = Case(
+    teaches_each_half_its_own,
+    {"ours": our_hybrid, "typed": typed_hybrid()},
+    {
+        "the mean not held": typed_hybrid(hold=lambda said, raw: (said, raw)),
+        "the variance held": typed_hybrid(hold=lambda said, raw: (said.detach(), raw.detach())),
+        "both held the wrong way": typed_hybrid(hold=lambda said, raw: (said, raw.detach())),
+        "nats for bits": typed_hybrid(unit=1.0),
+        "sum and not mean over values": typed_hybrid(each=1),
+        "0.001 without T": typed_hybrid(weight=1e-3),
+        "T without 0.001": typed_hybrid(weight=float(T)),
+        "no bound": typed_hybrid(weight=0.0),
+        "KL the other way round": typed_hybrid(flip=True),
+        "the simple loss over both halves": typed_hybrid(wide=True),
+    },
+)
+
+
+# Guidance -------------------------------------------------------------------------------------------------------------
+# Four values in a sample; N(m_y, v_y) for the labels 0 and 1, equally often. A kernel gives ε̂ for the label 1 and the weight w.
+
+CENTRES, WIDTHS = tensor([0.8, -0.5, 0.3, 0.6], [-0.4, 0.7, 0.1, -0.9]), tensor(0.3, 0.5)
+NOISE_LEVELS = [(math.cos(angle), math.sin(angle)) for angle in (0.4, 0.9, 1.3)]
+
+
+def log_labelled(x, alpha, sigma):
+    """log p_t(x, y) of both labels, (B, 2), up to a number."""
+    var = alpha**2 * WIDTHS + sigma**2
+    return -0.5 * (x[:, None] - alpha * CENTRES).square().sum(2) / var - 2 * var.log()
+
+
+def slope_of(function, x):
+    x = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(function(x).sum(), x)[0]
+
+
+def label_odds(alpha, sigma):
+    return lambda x: log_labelled(x, alpha, sigma).log_softmax(1)[:, 1]
+
+
+def leads_to_the_label(kernel_of):
+    def oracle(kernel):
+        """ε̂ = −σ·∇[log p_t(x) + w·log p_t(y | x)] by autograd, at three noise levels; w = 1 is the conditional model, 0 the other."""
+        for alpha, sigma in NOISE_LEVELS:
+            x = tensor([0.3, -0.6, 0.9, 0.2], [1.4, 0.8, -1.1, 0.5], [-0.7, 0.1, 0.4, -1.6])
+            for w in (0.0, 1.0, 0.5, 3.0):
+
+                def aim(x, w=w, alpha=alpha, sigma=sigma):
+                    return log_labelled(x, alpha, sigma).logsumexp(1) + w * label_odds(alpha, sigma)(x)
+
+                near(kernel_of(kernel, x, alpha, sigma, w), -sigma * slope_of(aim, x), 1e-8)
+
+    return oracle
+
+
+def noise_of(x, alpha, sigma, label=None):
+    """The exact ε̂ with the label or without."""
+
+    def log_p(x):
+        joint = log_labelled(x, alpha, sigma)
+        return joint.logsumexp(1) if label is None else joint[:, label]
+
+    return -sigma * slope_of(log_p, x)
+
+
+def of_two_noises(kernel, x, alpha, sigma, w):
+    return kernel(noise_of(x, alpha, sigma, 1), noise_of(x, alpha, sigma), w, x, alpha, sigma)
+
+
+def our_classifier_free(cond, uncond, w, x, alpha, sigma):
+    guesses = [lambda x, t, eps=eps: (x - sigma * eps) / alpha for eps in (cond, uncond)]
+    x0 = classifier_free(*guesses, w)(x, 2 / math.pi * math.atan2(sigma, alpha))
+    return (x - alpha * x0) / sigma
+
+
+def on_three_of_four(cond, uncond, w, *_):
+    """The last channel was left out, as it holds a variance in another model."""
+    guided = uncond + w * (cond - uncond)
+    return torch.cat([guided[:, :3], cond[:, 3:]], 1)
+
+
+# A kernel takes (ε̂ with the label, ε̂ without, w, x, α, σ).
+CASES["guidance without a classifier"] = Case(
+    leads_to_the_label(of_two_noises),
+    {"ours": our_classifier_free, "typed": lambda c, u, w, *_: (1 - w) * u + w * c},
+    {
+        "the other paper's weight": lambda c, u, w, *_: (1 + w) * c - w * u,
+        "roles swapped": lambda c, u, w, *_: (1 - w) * c + w * u,
+        "three channels of four": on_three_of_four,
+        "added, not moved towards": lambda c, u, w, *_: u + w * c,
+        "difference the wrong way round": lambda c, u, w, *_: u + w * (u - c),
+        "starts from the conditional": lambda c, u, w, *_: c + w * (c - u),
+        "cut to an interpolation": lambda c, u, w, *_: u + min(w, 1.0) * (c - u),
+        "rescaled to the conditional's size": lambda c, u, w, *_: (u + w * (c - u)) * c.norm() / (u + w * (c - u)).norm(),
+        "clipped before it was guided": lambda c, u, w, x, a, s: (
+            x - a * sum(f * ((x - s * e) / a).clamp(-0.5, 0.5) for f, e in ((1 - w, u), (w, c)))
+        ) / s,
+    },
+)  # fmt: skip
+
+
+def of_a_noise_and_a_classifier(kernel, x, alpha, sigma, w):
+    return kernel(noise_of(x, alpha, sigma), label_odds(alpha, sigma), w, x, alpha, sigma)
+
+
+def our_classifier(eps, log_prob, w, x, alpha, sigma):
+    t = 2 / math.pi * math.atan2(sigma, alpha)
+    x0 = classifier(lambda x, t: (x - sigma * eps) / alpha, Cosine(), lambda x, t: log_prob(x), w)(x, t)
+    return (x - alpha * x0) / sigma
+
+
+def typed_classifier(factor=lambda alpha, sigma: sigma, at=lambda x, x0, alpha, sigma: x, of=lambda f: f, reduce=1.0):
+    def kernel(eps, log_prob, w, x, alpha, sigma):
+        x0 = (x - sigma * eps) / alpha
+        return eps - reduce * w * factor(alpha, sigma) * slope_of(of(log_prob), at(x, x0, alpha, sigma))
+
+    return kernel
+
+
+def mean_of_a_step(x, x0, alpha, sigma):
+    """Of the posterior at a time with nine tenths of the angle."""
+    angle = 0.9 * math.atan2(sigma, alpha)
+    keep = alpha / math.cos(angle) * math.sin(angle) ** 2 / sigma**2
+    return math.cos(angle) * x0 + keep * (x - alpha * x0)
+
+
+# A kernel takes (ε̂ without a label, x ↦ log p_t(y | x), w, x, α, σ).
+CASES["guidance by a classifier"] = Case(
+    leads_to_the_label(of_a_noise_and_a_classifier),
+    {"ours": our_classifier, "typed": typed_classifier()},
+    {
+        "gradient at the mean of the step": typed_classifier(at=mean_of_a_step),
+        "gradient at x̂_0": typed_classifier(at=lambda x, x0, alpha, sigma: x0),
+        "σ dropped, as on the slide": typed_classifier(factor=lambda alpha, sigma: 1.0),
+        "σ² for σ": typed_classifier(factor=lambda alpha, sigma: sigma**2),
+        "σ/α for σ": typed_classifier(factor=lambda alpha, sigma: sigma / alpha),
+        "sign": typed_classifier(factor=lambda alpha, sigma: -sigma),
+        "p for log p": typed_classifier(of=lambda f: lambda x: f(x).exp()),
+        "mean over the batch": typed_classifier(reduce=1 / 3),
+        "not used at all": lambda eps, log_prob, w, x, alpha, sigma: eps,
+        "the label's score for its odds": lambda eps, log_prob, w, x, a, s: eps + w * noise_of(x, a, s, 1),
+        "a classifier of clean data": lambda eps, log_prob, w, x, a, s: eps - w * s * slope_of(label_odds(1.0, 0.0), x),
     },
 )
 

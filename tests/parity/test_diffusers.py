@@ -8,7 +8,15 @@ Where the conventions differ:
 - Their DDIM steps to t − T // n whatever the spacing says, so only grids with n dividing T agree ("trailing" is ours).
 - Their DDPM with "fixed_large" noises the very last state too, unless the last index is 0: on part of the chain it ends
   at x̂_0 + √β·z. Ours ends at x̂_0, which theirs reports as well; that is what the last state is held against.
+- Their learned variances come from one network output of 2C channels, split in theirs as in ours; −1 and 1 stand for
+  β̃ and β. They too noise the last state on part of the chain.
 - Their DPM-Solver++ rounds σ and λ to float32.
+- Their singlestep solver visits a grid on which every second time is the inner one of a two-step stride, with the r that
+  the grid happens to have; ours is given the outer times alone and looks for the whole time nearest to r = ½. On a grid
+  with these times in between both are the same, an odd number of evaluations in all as the last one is of first order.
+- Their inverse DDIM numbers a step by the time it goes to, t, and takes the state to be at t − T // n; so a network that
+  is shown the state's own time, as ours is, must be told t − T // n by the caller. It has no step from the data themselves:
+  ours starts at t > 0 as well. Here both start at the first time of their grid but one.
 - Their transformer block makes its own condition from an index and a label; here that condition is
   given in its place. It does not drop features here, and its perceptron has the same GELU, by tanh.
 """
@@ -16,14 +24,20 @@ Where the conventions differ:
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+)
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from dgm_course.denoisers import Denoiser, clipped
 from dgm_course.nets.dit import DiTBlock
 from dgm_course.paths import DiscretePath
-from dgm_course.samplers import ddim, ddpm, dpm_solver_pp_2m
+from dgm_course.samplers import ddim, ddim_inversion, ddpm, dpm_solver_pp_2m, dpm_solver_pp_2s
 from dgm_course.schedules import cosine_betas, linear_betas, sigmoid_betas, zero_terminal
 
 T = 1000
@@ -43,16 +57,21 @@ def start():
 
 def scheduler_of(kind, path, **settings):
     """Their scheduler on our chain, with its float32 table replaced by ours in float64."""
-    scheduler = kind(
-        num_train_timesteps=path.T, trained_betas=path.betas[1:].numpy(), timestep_spacing="trailing", **settings
-    )
+    if kind is not DPMSolverSinglestepScheduler:  # it is given its times one by one
+        settings["timestep_spacing"] = "trailing"
+    scheduler = kind(num_train_timesteps=path.T, trained_betas=path.betas[1:].numpy(), **settings)
     scheduler.alphas_cumprod = path.alpha_bars[1:].clone()
     return scheduler
 
 
-def their_run(scheduler, steps, seed=7, **options):
-    """The states of their loop and the times it visits, as our t."""
-    scheduler.set_timesteps(steps)
+def pair(xt, t):
+    """The same with as many channels again, between −1 and 1 and a little beyond, for the variance."""
+    return torch.cat([network(xt, t), 1.1 * torch.sin(4 * xt + xt.roll(1, dims=-2))], 1)
+
+
+def their_run(scheduler, steps, seed=7, network=network, **options):
+    """The states of their loop and the times it visits, as our t; `steps` is a number of them, or their indices."""
+    scheduler.set_timesteps(steps) if isinstance(steps, int) else scheduler.set_timesteps(timesteps=steps)
     if "eta" in options or isinstance(scheduler, DDPMScheduler):
         options["generator"] = torch.Generator().manual_seed(seed)
     x, states = start(), []
@@ -141,6 +160,68 @@ def test_dpm_solver_pp_2m(predicts, steps):
     states, times = their_run(scheduler, steps)
     assert times == path.times(steps).tolist()
     agree(list(dpm_solver_pp_2m(Denoiser(network, path, predicts), path, start(), times)), states)
+
+
+@pytest.mark.parametrize("predicts", PREDICTS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps, clip", [(1000, True), (50, True), (50, False), (7, True)])
+def test_learned_variance(predicts, schedule, steps, clip):
+    """Ancestral sampling with the variance that a network says, over the whole chain and over part of it, clipped or not."""
+    if steps == 1000 and predicts != "v":
+        steps = 100
+    if schedule == "cosine" and predicts == "eps":
+        clip = True
+    path = DiscretePath(SCHEDULES[schedule](T))
+    settings = {"variance_type": "learned_range", "prediction_type": PREDICTS[predicts], "clip_sample": clip}
+    states, times = their_run(scheduler_of(DDPMScheduler, path, **settings), steps, network=pair)
+    assert times == path.times(steps).tolist()
+    d = Denoiser(pair, path, predicts, learned_variance=True).with_variance
+    d = clipped(d) if clip else d
+    agree(list(ddpm(d, path, start(), times, variance="learned", generator=noise())), states)
+
+
+@pytest.mark.parametrize("predicts", PREDICTS)
+@pytest.mark.parametrize("steps", [3, 5, 10, 20])
+def test_dpm_solver_pp_2s(predicts, steps):
+    """DPM-Solver++(2S) on the linear chain: the outer times are ours, between them the nearest to the middle in λ, by numpy."""
+    path = DiscretePath(linear_betas(T))
+    times = path.times(steps).tolist()
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, T))
+    lam, visited = np.append(np.inf, 0.5 * np.log(abar / (1 - abar))), []
+    for t, s in zip(times[:-2], times[1:-1], strict=True):
+        between = np.arange(s + 1, t, dtype=int)
+        visited += [int(t), int(between[np.abs(lam[between] - (lam[int(t)] + lam[int(s)]) / 2).argmin()])]
+    visited.append(int(times[-2]))
+    scheduler = scheduler_of(
+        DPMSolverSinglestepScheduler,
+        path,
+        prediction_type=PREDICTS[predicts],
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        lower_order_final=True,
+        final_sigmas_type="zero",
+    )
+    states, seen = their_run(scheduler, [t - 1 for t in visited])
+    assert seen == [*visited, 0]
+    ours = list(dpm_solver_pp_2s(Denoiser(network, path, predicts), path, start(), times))
+    agree(ours, [*states[1:-1:2], states[-1]])
+
+
+@pytest.mark.parametrize("predicts", PREDICTS)
+@pytest.mark.parametrize("steps", [10, 50, 250])
+def test_ddim_inversion(predicts, steps):
+    """DDIM backwards, to pure noise, from the first time of their grid."""
+    path = DiscretePath(linear_betas(T))
+    scheduler = scheduler_of(DDIMInverseScheduler, path, prediction_type=PREDICTS[predicts], clip_sample=False)
+    scheduler.set_timesteps(steps)
+    times, x, states = (scheduler.timesteps + 1).tolist(), start(), []
+    assert times == path.times(steps).flip(0).tolist()[1:]
+    for before, i in zip(times, scheduler.timesteps[1:], strict=False):
+        out = network(x, torch.full((len(x),), before / T))
+        x = scheduler.step(out, i, x).prev_sample
+        states.append(x)
+    agree(list(ddim_inversion(Denoiser(network, path, predicts), path, start(), times)), states)
 
 
 def test_linear_table():
