@@ -175,6 +175,7 @@ def share_of(classes, x):
 
 
 judge = checkpoints.load("mnist-classifier")
+torch.func.grad(torch.sum)(torch.ones(1))  # its first call loads for seconds: better here than inside your function
 
 # %% [markdown]
 # For exercise 4: the digit model's squared error, measured at 25 times with 50 digits of the test set, and between these times by straight lines of its logarithm; $\tilde\beta$ of the steps of a list; and digits by Algorithm 2 with a variance of your choice.
@@ -298,12 +299,12 @@ if hw.check(guided_v):
     plots.film_points(clouds[3:], times=names[3:], extent=(-5, 5, -5, 5))
 
 # %% [markdown]
-# **What to see.** Above, the data are *free*: whether a point is right says nothing about whether it is at the top. The plain Bayes, $w = 0$ and scale 1, gives the corner, in its place and of its size. Stronger pushes make it narrower and move it outwards. Below, the data are *tied*: right is nearly always bottom, and the corner that was asked for holds one point in a hundred. Now many samples end between the two clouds or in the wrong one, and stronger pushes do not bring all of them home.
+# **What to see.** Above, the data are *free*: whether a point is right says nothing about whether it is at the top. The plain Bayes, $w = 0$ and scale 1, gives the corner, in its place and of its size. Stronger pushes make it narrower and move it outwards. Below, the data are *tied*: right is nearly always bottom, and the corner that was asked for holds one point in a hundred. Now many samples end on the way there, between the two large clouds, where there are no data; and stronger pushes do not bring them home.
 #
 # **Question.** In the data at $t = 0$, the tied mixture too: where $x_0$ lies says, nearly always without doubt, whether it is right and whether it is top. So $p(y_1, y_2\mid x_0) = p(y_1\mid x_0)\,p(y_2\mid x_0)$ up to very little. Why does the formula fail all the same?
 #
 # <!-- BEGIN SOLUTION -->
-# It is used at each $t$, and needs $y_1$ and $y_2$ to be independent given $x_t$. At large $t$ the state $x_t$ says little, so $p_t(y_1, y_2\mid x_t)$ is near $p(y_1, y_2)$, which is 0.01 for the corner, while the product $p(y_1)\,p(y_2)$ is 0.25. The sum of the two pushes then leads to the middle of all that is right *or* top. Later, when $x_t$ says more, the corner is far away, and the state is caught by another cloud or left between them. For the free data the two coordinates are independent at $t = 0$, and the noise keeps them so: the formula holds at every $t$.
+# It is used at each $t$, and needs $y_1$ and $y_2$ to be independent given $x_t$. At large $t$ the state $x_t$ says little, so $p_t(y_1, y_2\mid x_t)$ is near $p(y_1, y_2)$, which is 0.01 for the corner, while the product $p(y_1)\,p(y_2)$ is 0.25. The sum of the two pushes then leads to the middle of all that is right *or* top. Later, when $x_t$ says more, the corner is far away, and the two pushes, each of them right, leave the state where it is. For the free data the two coordinates are independent at $t = 0$, and the noise keeps them so: the formula holds at every $t$.
 # <!-- END SOLUTION -->
 
 # %% [markdown]
@@ -354,11 +355,11 @@ def classifier_step(
         scale: The strength of the guidance.
     """
     # BEGIN SOLUTION
-    def total_log_prob(point):
-        return classifier(point, t).log_softmax(1).where(wanted, -torch.inf).logsumexp(1).sum()
-
+    leaf = x.detach().clone().requires_grad_()
+    log_prob = classifier(leaf, t).log_softmax(1).where(wanted, -torch.inf).logsumexp(1)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), leaf)
     abar_s, abar_t = alpha_bars[s].item(), alpha_bars[t].item()
-    push = scale * (1 - abar_t) / abar_t**0.5 * torch.func.grad(total_log_prob)(x) if abar_t > 0 else 0
+    push = scale * (1 - abar_t) / abar_t**0.5 * gradient if abar_t > 0 else 0
     beta, share = 1 - abar_t / abar_s, (1 - abar_s) / (1 - abar_t)
     mean = (abar_t / abar_s) ** 0.5 * share * x + abar_s**0.5 * beta / (1 - abar_t) * (x0 + push)
     return mean + (beta * share) ** 0.5 * noise
@@ -381,13 +382,13 @@ if hw.check(classifier_step):
 # **Question.** Write $\nabla\log p(y\in S\mid x)$ as a weighted mean of the gradients $\nabla\log p(y\mid x)$ of the single classes. What are the weights, near the noise and near the data? What does a sampler do that adds up the gradients of all classes in $S$ instead? And with $w>1$, which classes of $S$ will come too seldom?
 #
 # <!-- BEGIN SOLUTION -->
-# $\nabla\log\sum_{y\in S}p(y\mid x) = \sum_{y\in S}\frac{p(y\mid x)}{p(S\mid x)}\,\nabla\log p(y\mid x)$. The weights are the probabilities of the classes once it is known that it is one of $S$. Near the noise all classes of $S$ have a share, and the push goes to where they have more in common. Near the data one weight is nearly 1, that of the class to which this sample already tends: the push does not say which. The plain sum has equal weights all the way. It pulls to all classes at once, and where their pulls contradict each other the sample ends between them. With $w>1$ the push goes on to where $p(S\mid x)$ is nearest to 1. A class of $S$ that is easily taken for one outside (a 7 that may be a 9) is left for those that are not, so it comes too seldom, and the variety within $S$ shrinks.
+# $\nabla\log\sum_{y\in S}p(y\mid x) = \sum_{y\in S}\frac{p(y\mid x)}{p(S\mid x)}\,\nabla\log p(y\mid x)$. The weights are the probabilities of the classes once it is known that it is one of $S$. Near the noise all classes of $S$ have a share, and the push goes to where they have more in common. Near the data one weight is nearly 1, that of the class to which this sample already tends: the push does not say which. The plain sum has equal weights all the way. It pulls to all classes at once, and where their pulls contradict each other the sample ends between them. With $w>1$ the push goes on to where $p(S\mid x)$ is nearest to 1. A class of $S$ that is easily taken for one outside (a 7 that may be a 9) is left for those that are not. It will tend to come too seldom, and the variety within $S$ shrinks.
 # <!-- END SOLUTION -->
 
 # %% [markdown]
 # ## 3. What guidance samples (4 points)
 #
-# ●●●○○ · 25 minutes · read again: sections 2.4 of notebook 06 and 2.2 of notebook 07
+# ●●●○○ · 25 minutes · read again: section 2.4 of notebook 06, section 2.2 of notebook 07
 #
 # The slide text reads $\nabla\log p_t(x\mid y) = \nabla\log p_t(x)+w\nabla\log p_t(y\mid x)$. For $w = 1$ this is Bayes. For other $w$ the right side is the score of another density, $\propto p_t(x)\,p_t(y\mid x)^w$, at each $t$. The samples do not follow $p(x)\,p(y\mid x)^w$, the *sharpened* density of the data; notebook 06 showed it in the limit of short steps. What they do follow depends on the sampler. You find it for every member of DDIM's family, and on any list of times.
 #
@@ -463,7 +464,7 @@ if hw.check(guided_moments):
 # **Question.** (a) Why do $\eta = 0$ and $\eta = 1$ agree for $w = 1$, and not for $w = 2$? Homework 4 split a short step with $\eta>0$ into one of the ODE and one of Langevin dynamics. What does each of the two parts do to the density $\tilde p_t\propto p_t(x)\,p_t(y\mid x)^w$? (b) How could the sharpened density be sampled after all, with the same guided score?
 #
 # <!-- BEGIN SOLUTION -->
-# (a) Langevin dynamics at time $t$ leaves the density unchanged whose score it is given, and that is $\tilde p_t$, for every $w$. The ODE carries a density to the next time. For $w = 1$ it carries $p_t(x\mid y)$ to $p_s(x\mid y)$, the Langevin part then finds what it wants to find, and changes nothing: all $\eta$ agree. For $w = 2$ the ODE does not carry $\tilde p_t$ to $\tilde p_s$, since $\tilde p_t$ is not a density with the noise of time $t$ added. It makes the cloud too narrow. The Langevin part pulls it back towards $\tilde p_s$, as far as one short step can. So the result is between the ODE's and $\tilde p_0$, and depends on how much of the second there is. (b) By more Langevin dynamics: many corrector steps at each time, or at the last ones. At a fixed small $t$, with short steps, it has $\tilde p_t$ as its equilibrium whatever came before, and $\tilde p_t$ tends to $\tilde p_0$. For images this takes many evaluations, and modes that lie apart do not mix.
+# (a) Langevin dynamics at time $t$ leaves the density unchanged whose score it is given, and that is $\tilde p_t$, for every $w$. The ODE carries a density to the next time. For $w = 1$ it carries $p_t(x\mid y)$ to $p_s(x\mid y)$, the Langevin part then finds what it wants to find, and changes nothing: all $\eta$ agree. For $w = 2$ the ODE does not carry $\tilde p_t$ to $\tilde p_s$, since $\tilde p_t$ is not a density with the noise of time $t$ added. Here it makes the cloud too narrow. The Langevin part pulls it back towards $\tilde p_s$, as far as one short step can. So the result lies between the ODE's and $\tilde p_0$, and depends on how much of the second part there is. (b) By more Langevin dynamics: many corrector steps at each time, or at the last ones. At a fixed small $t$, with short steps, it has $\tilde p_t$ as its equilibrium whatever came before, and $\tilde p_t$ tends to $\tilde p_0$. For images this takes many evaluations, and modes that lie apart do not mix.
 # <!-- END SOLUTION -->
 
 # %% [markdown]
@@ -610,7 +611,7 @@ if hw.check(exact_inversion):
     plots.rows([x, codes[3] / 3, again[3], (usual_again - x) * 3, (again[3] - x) * 3], labels=["digit", "code", "decoded", "error ×3, usual", "error ×3, 8 rounds"])
 
 # %% [markdown]
-# **What to see.** Twenty steps up, twenty down. Each round takes away a good part of the error, and what is left after eight is hardly to be seen, even enlarged. The usual inversion, one evaluation a step, is off by as much as its step is long. (Its code is no worse as noise. It is the code of a slightly different image.)
+# **What to see.** Twenty steps up, twenty down. Each round takes away a good part of the error, and what is left after eight is hardly to be seen, even enlarged. The usual inversion asks about $x_s$ at time $s$, once in a step; its error only falls with the length of the steps. (Its code is no worse as noise. It is the code of a slightly different image.)
 #
 # **Question.** Take data $\mathcal N(0, V)$, for which $\hat\epsilon = \sigma_tx_t/(\alpha_t^2V+\sigma_t^2)$. (a) By which factor does a round multiply the error of the guess? Show that it is below 1 for every step with $\sigma_s>0$. (b) The same equation can be solved in terms of $\hat x_0$: $x_t\leftarrow\frac{\sigma_t}{\sigma_s}\bigl(x_s-\alpha_s\hat x_0\bigr)+\alpha_t\hat x_0$. What is the factor now, for large $V$, and when do the rounds run away?
 #
@@ -701,7 +702,7 @@ if hw.check(sample_linear):
 # **Question.** (a) Let $h\to\infty$ in your formula. It has a finite limit: which one? Along how much of the line is $\hat\epsilon$ followed, on average with the weight $e^{-\lambda}$? Why does the exercise ask for $\hat x_0$ in that step all the same? (b) At the first times $\alpha$ is 0.01 or less. What becomes of $\hat x_0 = (x-\sigma\hat\epsilon)/\alpha$ if the line misses $\hat\epsilon$ by a little? Why do solvers for strong guidance extrapolate $\hat x_0$ and not $\hat\epsilon$?
 #
 # <!-- BEGIN SOLUTION -->
-# (a) $\sigma_s(e^h-1-h)$ tends to $\alpha_s e^{-\lambda_t} = \sigma_t/\alpha_t$ with $\alpha_s = 1$, as does $\sigma_s(e^h-1)$. So the last state would be $\bigl(x-\sigma_t(\hat\epsilon_t+\text{slope})\bigr)/\alpha_t$: the noise one unit of $\lambda$ further along the line, for 1 is the mean of $\lambda-\lambda_t$ under the weight $e^{-\lambda}$. If the steps before are about that long, this is no bolder than the others. If they are short, two noises close together are asked for a value far away, and however short the steps become, that distance stays: the error of this step no longer falls like $h^2$. Holding $\hat\epsilon$ constant has an error there, too; but it follows no slope that may be wrong. (b) The error of $\hat\epsilon$ is multiplied by $\sigma/\alpha$, a hundred times or more. Guidance makes $\hat\epsilon$ change faster in $\lambda$, and the line misses by more. $\hat x_0$ behaves better: near the noise it hardly changes, a line through it misses by little, and nothing is divided by $\alpha$. It also has a known range and can be clipped.
+# (a) $\sigma_s(e^h-1-h)$ tends to $\alpha_s e^{-\lambda_t} = \sigma_t/\alpha_t$ with $\alpha_s = 1$, as does $\sigma_s(e^h-1)$. So the last state would be $\bigl(x-\sigma_t(\hat\epsilon_t+\text{slope})\bigr)/\alpha_t$: the noise one unit of $\lambda$ further along the line, for 1 is the mean of $\lambda-\lambda_t$ under the weight $e^{-\lambda}$. If the steps before are about that long, this is no bolder than the others. If they are short, two noises close together are asked for a value far away, and however short the steps become, that distance stays. Holding $\hat\epsilon$ constant errs there, too, but it follows no slope that may be wrong. (On the mixture of the figure, followed down to the data with equal steps in $t$, the limit is the better choice with 20 steps and the worse one with 50 and more.) (b) The error of $\hat\epsilon$ is multiplied by $\sigma/\alpha$, a hundred times or more. Guidance makes $\hat\epsilon$ change faster in $\lambda$, and the line misses by more. $\hat x_0$ behaves better: near the noise it hardly changes, a line through it misses by little, and nothing is divided by $\alpha$. It also has a known range and can be clipped.
 # <!-- END SOLUTION -->
 
 # %% [markdown]
