@@ -143,7 +143,7 @@ RECIPES = {
             "seed": [0, 1],
             "sampler": [
                 {"name": name, "grid": grid, "evaluations": evaluations}
-                for evaluations in (4, 6, 10, 20)
+                for evaluations in (2, 4, 6, 10, 20)
                 for name, grid in (
                     ("DDPM, β", "time"),
                     ("DDPM, β̃", "time"),

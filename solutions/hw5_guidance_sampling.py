@@ -304,7 +304,7 @@ if hw.check(guided_v):
 # **Question.** In the data at $t = 0$, the tied mixture too: where $x_0$ lies says, nearly always without doubt, whether it is right and whether it is top. So $p(y_1, y_2\mid x_0) = p(y_1\mid x_0)\,p(y_2\mid x_0)$ up to very little. Why does the formula fail all the same?
 #
 # <!-- BEGIN SOLUTION -->
-# It is used at each $t$, and needs $y_1$ and $y_2$ to be independent given $x_t$. At large $t$ the state $x_t$ says little, so $p_t(y_1, y_2\mid x_t)$ is near $p(y_1, y_2)$, which is 0.01 for the corner, while the product $p(y_1)\,p(y_2)$ is 0.25. The sum of the two pushes then leads to the middle of all that is right *or* top. Later, when $x_t$ says more, the corner is far away, and the two pushes, each of them right, leave the state where it is. For the free data the two coordinates are independent at $t = 0$, and the noise keeps them so: the formula holds at every $t$.
+# It is used at each $t$, and needs $y_1$ and $y_2$ to be independent given $x_t$. At large $t$ the state $x_t$ says little, so $p_t(y_1, y_2\mid x_t)$ is near $p(y_1, y_2)$, which is 0.01 for the corner, while the product $p(y_1)\,p(y_2)$ is 0.25. The sum of the two pushes then leads to the middle of all that is right *or* top. Later, when $x_t$ says more, the corner is far away, and the two pushes balance each other on the way there. For the free data the two coordinates are independent at $t = 0$, and the noise keeps them so: the formula holds at every $t$.
 # <!-- END SOLUTION -->
 
 # %% [markdown]
@@ -628,7 +628,7 @@ if hw.check(exact_inversion):
 #
 # $$\frac{x_s}{\alpha_s} = \frac{x_t}{\alpha_t}-\int_{\lambda_t}^{\lambda_s}e^{-\lambda}\,\hat\epsilon(\lambda)\,d\lambda ,$$
 #
-# where $\hat\epsilon(\lambda)$ is the noise that the network sees on the way. All that has to be guessed is $\hat\epsilon(\lambda)$. If it is held constant, the step is DDIM's. The notebook's 2M remembers one more prediction, of $x_0$, and takes the value in the *middle* of the step for the whole step. Here the network predicts $\epsilon$, and you do without that shortcut: draw the **straight line in $\lambda$** through the noise at $t$ and the noise at the time before, follow it over the step, and integrate it exactly, together with the factor $e^{-\lambda}$.
+# where $\hat\epsilon(\lambda)$ is the noise that the network sees on the way. All that has to be guessed is $\hat\epsilon(\lambda)$. If it is held constant, the step is DDIM's. 2M of notebook 07 remembers one more prediction, of $x_0$, and takes the value in the *middle* of the step for the whole step. Here the network predicts $\epsilon$, and you do without that shortcut: draw the **straight line in $\lambda$** through the noise at $t$ and the noise at the time before, follow it over the step, and integrate it exactly, together with the factor $e^{-\lambda}$.
 #
 # **Write** `sample_linear(eps_model, x, times, alpha_bars)`, which samples so down a list of times.
 #
@@ -708,10 +708,10 @@ if hw.check(sample_linear):
 # %% [markdown]
 # ## Recap
 #
-# - A push of the score is $-\sigma$ times a push of $\epsilon$, $\sigma^2/\alpha$ of $\hat x_0$, and $-\sigma/\alpha$ of $v$. Predictions mixed with factors that sum to 1 need no such care.
+# - If the score is pushed by $\gamma$, then $\epsilon$ moves by $-\sigma\gamma$, $\hat x_0$ by $(\sigma^2/\alpha)\,\gamma$ and $v$ by $-(\sigma/\alpha)\,\gamma$. Predictions mixed with factors that sum to 1 need no such care.
 # - Two conditions may be added if they are independent given $x_t$, at every $t$. One of several classes is a sum of probabilities, inside the logarithm.
 # - Guidance with $w\ne1$ has no density of its own: what it samples depends on the sampler, and for Gaussians it can be worked out.
-# - The best variance of a step is $\tilde\beta$ plus what the error of $\hat x_0$ adds. It lies between two bounds on average, for a coordinate of variance up to 1.
+# - The best variance of a step is $\tilde\beta$ plus what the error of $\hat x_0$ adds. On average it lies between $\tilde\beta$ and $\beta$, for a coordinate of variance up to 1 and a good denoiser.
 # - DDIM without noise is a map. A fixed-point iteration undoes it, if it is written so that it contracts.
 # - An exponential integrator approximates the network's output and nothing else. What is done with the approximation can be exact.
 #

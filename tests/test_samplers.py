@@ -296,6 +296,16 @@ def test_learned_variance_of_a_network(says, low, high, generator):
     assert len(seen) == 4 and all(said is y for said in seen)
 
 
+def test_what_a_network_said_is_left_alone(generator):
+    """Neither x̂_0 nor the fraction is written on, so that a denoiser may give the same tensors again."""
+    x, x0, share = (normals(2, 2, generator=generator) for _ in "abc")
+    before = x0.clone(), share.clone()
+    once = list(ddpm(lambda xt, t: (x0, share), Cosine(), x, GRID, variance="learned", generator=seeded(1)))
+    assert torch.equal(x0, before[0]) and torch.equal(share, before[1])
+    again = ddpm(lambda xt, t: (x0.clone(), share.clone()), Cosine(), x, GRID, variance="learned", generator=seeded(1))
+    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
+
+
 @all_paths
 def test_heun_step(name, generator):
     """heun_step against Heun's rule typed in x/α and σ/α."""

@@ -60,7 +60,7 @@ double = torch.float64
 #
 # The slides name the main trouble of diffusion models: inference is slow, for it takes several steps, where a GAN takes one. What is the right unit for this? Seconds depend on the machine. What does not is the number of **evaluations**: how often the network is asked for each sample. We wrap a denoiser so that it counts.
 #
-# As data serve three bumps on a line, whose ideal denoiser is known: a count does not depend on what the network says. The path is the cosine path $\alpha = \cos\frac{\pi t}2$, $\sigma = \sin\frac{\pi t}2$ here and in most of the notebook. A *chain of $S$ steps* means $S$ equal steps of $t$ from 1 to 0. *How many evaluations do you expect in each line below?*
+# A count does not depend on what the network says. So three bumps on a line will do as data; their ideal denoiser is known. The path is the cosine path $\alpha = \cos\frac{\pi t}2$, $\sigma = \sin\frac{\pi t}2$ here and in most of the notebook. A *chain of $S$ steps* means $S$ equal steps of $t$ from 1 to 0. *How many evaluations do you expect in each line below?* Ancestral sampling and Heun's rule you know; DDIM, 2M and 2S come in sections 2 and 3, so there you must guess.
 
 # %%
 modes, widths = torch.tensor([-1.07, 0.18, 1.09], dtype=double), torch.tensor([0.10, 0.17, 0.14], dtype=double)
@@ -80,7 +80,7 @@ def count(sampler, steps, wrap=lambda d: d):
 
     def counted(xt, t):
         nonlocal asked
-        asked += len(xt) // 4
+        asked += len(xt) // 4  # of 4 samples, each counts once
         return d(xt, t)
 
     samplers.last(sampler(wrap(counted), path, normal(4, 1), path.times(steps)))
@@ -130,13 +130,13 @@ claim(
 #
 # ### 1.2 "Only $S$ of $N$ steps?"
 #
-# The slide asks: *"Is it possible to perform only S step (S < N) when inference? (with a fixed variance)"*. The slide text answers: *"No, it is inappropriate to do so … the gap between the upperbound and lowerbound becomes larger and larger when the diffusion step is small."* Let us look at both halves of this sentence.
+# The slide asks: *"Is it possible to perform only S step (S < N) when inference? (with a fixed variance)"*. The slide text answers: *"No, it is inappropriate to do so … the gap between the upperbound and lowerbound becomes larger and larger when the diffusion step is small."* The bounds are those of notebook 03, section 3.4: the variance of a true step lies between $\tilde\beta$ and $\beta$, on average. We look at both halves of the sentence: is it impossible, and what happens to the gap?
 #
-# A step from $t$ to any earlier $s$ has its own $\beta$ and $\tilde\beta$. Notebook 03 derived them; for steps of any length they read
+# A step from $t$ to any earlier $s$ has its own $\beta$ and $\tilde\beta$. Notebook 03 derived them for one step of the chain; for steps of any length they read as follows. ($\alpha_t$ is short for $\alpha(t)$ here and $\sigma_t$ for $\sigma(t)$: the factors of $x_0$ and of the noise in $x_t$, not the slides' letters.)
 #
 # $$\beta = \sigma_t^2-\frac{\alpha_t^2}{\alpha_s^2}\,\sigma_s^2,\qquad \tilde\beta = \beta\,\frac{\sigma_s^2}{\sigma_t^2},\qquad c = \frac{\alpha_s\,\beta}{\sigma_t^2},$$
 #
-# where $c$ is the weight of $x_0$ in the posterior mean (`path.transition(s, t)` and `path.bridge(s, t)`). Notebook 03 also showed which variance the true step has:
+# where $c$ is the weight of $x_0$ in the posterior mean. In code, $\beta$ comes from `path.transition(s, t)`, the other two from `path.bridge(s, t)`. Notebook 03 also showed which variance the true step has:
 #
 # $$\mathrm{Var}(x_s\mid x_t) = \tilde\beta+c^2\,\mathrm{Var}(x_0\mid x_t).$$
 #
@@ -146,7 +146,9 @@ claim(
 #
 # $$\sum_{i=2}^S\log\frac{\beta}{\tilde\beta}\Big|_{t_i\to t_{i-1}} = \log\sigma^2(1)-\log\sigma^2(t_1).$$
 #
-# For small $t_1$ this is about $2\log S$, and a constant. So a chain of 1000 steps has 12.9 to share out, and one of 10 steps still 3.7: with a hundredth of the steps, far more comes to each. In this the slide is right. (The last step, to $t_0 = 0$, is left out: there $\tilde\beta = 0$, and its gap is infinite *whatever* the number of steps.)
+# On our path $\sigma(1) = 1$ and $\sigma(t_1) = \sin\frac\pi{2S}\approx\frac\pi{2S}$, so this is about $2\log S-0.9$. A chain of 1000 steps has 12.9 to share out, and one of 10 steps still 3.7. That makes 0.013 for each step, and 0.4. In this the slide is right.
+#
+# The last step, to $t_0 = 0$, is left out of the sum. There $\tilde\beta = 0$, and the gap is infinite *whatever* the number of steps.
 
 # %%
 a_s, a_t = sympy.symbols("alpha_s alpha_t", positive=True)
@@ -170,7 +172,7 @@ for S in numbers:
     claim(f"{S} steps: all gaps together are log σ²(1) − log σ²(t_1) = {whole:.1f}", abs(gaps[S].sum() - whole) < 1e-9)
 
 # %% [markdown]
-# **Where between the bounds?** How much a guess of $x_0$ can still be wrong decides. On a path with $\alpha^2+\sigma^2 = 1$ the answer is surprisingly simple.
+# **Where between the bounds?** That depends on how much a guess of $x_0$ can still be wrong. On a path with $\alpha^2+\sigma^2 = 1$ the answer is surprisingly simple.
 #
 # **Claim.** $\displaystyle\quad\mathrm{Var}(x_s\mid x_t) = \tilde\beta+\kappa\,(\beta-\tilde\beta)\quad\text{with}\quad \kappa = \frac{\mathrm{Var}(x_0\mid x_t)}{\sigma_t^2}.$
 #
@@ -191,9 +193,11 @@ def variance_of_x0(xt, t, d=d):
 
 
 # %% [markdown]
-# The code uses a companion of Tweedie's formula (notebook 05), for data on a line: $\mathrm{Var}(x_0\mid x_t) = \frac{\sigma^2}\alpha\,\frac{\partial\hat x_0}{\partial x_t}$. A guess that moves quickly with $x_t$ is an unsure one. **Why:** $\hat x_0(x) = \int x_0\,p(x_0)\,e^{-(x-\alpha x_0)^2/2\sigma^2}dx_0\big/\int p(x_0)\,e^{-(x-\alpha x_0)^2/2\sigma^2}dx_0$. Differentiating an exponent brings down $-(x-\alpha x_0)/\sigma^2$, so the derivative of the quotient is the covariance of $x_0$ with that, given $x$: $\frac\alpha{\sigma^2}\mathrm{Var}(x_0\mid x)$.
+# The code uses a companion of Tweedie's formula (notebook 05), for data on a line: $\mathrm{Var}(x_0\mid x_t) = \frac{\sigma^2}\alpha\,\frac{\partial\hat x_0}{\partial x_t}$. A guess that moves quickly with $x_t$ is an unsure one.
 #
-# Checked by quadrature, once for this formula, and once for the whole claim: the moments of $x_s$ given $x_t$ from Bayes' rule on a grid.
+# **Why.** By Bayes' rule $\hat x_0(x) = \int x_0\,p(x_0)\,e^{-(x-\alpha x_0)^2/2\sigma^2}dx_0\big/\int p(x_0)\,e^{-(x-\alpha x_0)^2/2\sigma^2}dx_0$. Differentiating an exponent brings down $-(x-\alpha x_0)/\sigma^2$, so the derivative of the quotient is the covariance of $x_0$ with that, given $x$: $\frac\alpha{\sigma^2}\mathrm{Var}(x_0\mid x)$.
+#
+# We check it by integrals on a grid, first this formula, then the whole claim: Bayes' rule gives the moments of $x_0$ and of $x_s$, given $x_t$.
 
 # %%
 grid = torch.linspace(-6, 6, 6001, dtype=double)
@@ -216,7 +220,9 @@ kappa = variance_of_x0(here, t) / path.sigma(t) ** 2
 claim("Var(x_s | x_t) = β̃ + κ (β − β̃)", abs(beta_tilde + kappa * (beta - beta_tilde) - exact).item() < 1e-9)
 
 # %% [markdown]
-# Now averaged over $x_t$, for all times and for chains of 1000, 100, 25 and 10 steps. On the right the place of the mean true variance between the two bounds, *on a logarithmic scale*, as the slide's formula has it: $v = \log(\Sigma/\tilde\beta)/\log(\beta/\tilde\beta)$, 0 for $\tilde\beta$ and 1 for $\beta$. *What would you expect: does $v$ depend on the number of steps?*
+# Now averaged over $x_t$, for all times and for chains of 1000, 100, 25 and 10 steps. On the left the gap of a step that begins at $t$. On the right the place of $\Sigma$, the mean true variance, between the two bounds. We measure it *on a logarithmic scale*, as the slide's formula in 1.4 will: $v = \log(\Sigma/\tilde\beta)/\log(\beta/\tilde\beta)$, 0 for $\tilde\beta$ and 1 for $\beta$.
+#
+# *On a plain scale the place is the mean of $\kappa$, and does not depend on the number of steps. What would you expect of $v$?*
 
 
 # %%
@@ -230,7 +236,7 @@ def mean_kappa(t):
 def place_of(S, t):
     """Where E Var(x_s given x_t) lies between β̃ (0) and β (1), in logarithms, for a step of length 1/S."""
     gap = torch.log(path.sigma(t) ** 2 / path.sigma(t - 1 / S) ** 2)
-    return torch.log1p(mean_kappa(t) * gap.expm1()) / gap
+    return torch.log1p(mean_kappa(t) * gap.expm1()) / gap  # Σ/β̃ = 1 + κ (β/β̃ − 1)
 
 
 # %%
@@ -249,10 +255,12 @@ made
 claim("on average the true variance lies between the bounds, always", all(0 < v < 1 for S in numbers for v in place[S]))
 claim("with 10 steps the gap is more than 50 times that with 1000, at t = ½", gaps[10][5] > 50 * gaps[1000][500])
 moved = [abs(place_of(25, t) - place_of(1000, t)) for t in (0.12, 0.2, 0.4, 0.6, 0.8, 0.96)]
-claim("from t = 0.1 on its place with 25 steps differs by less than 0.12 from that with 1000", max(moved) < 0.12)
+claim("from t = 0.1 on v with 25 steps differs by less than 0.12 from v with 1000", max(moved) < 0.12)
 
 # %% [markdown]
-# Left: with a tenth of the steps each has ten times the gap, about. Right: the true variance lies between the bounds, and *where* it lies moves little when steps are dropped. (On a plain scale it would not move at all.) It is no fixed place, either: nine tenths of the way to $\beta$ where there is much noise, half way at $t = 0.12$, where the bumps part. With 1000 steps this does not matter, for $\beta$ and $\tilde\beta$ are nearly one number. With 10 steps it does.
+# Left: with a tenth of the steps each has ten times the gap, about. Right: the true variance lies between the bounds, and *where* it lies moves little when steps are dropped, as long as the gap is small.
+#
+# But it is not the same place at all times. Where there is much noise it is nine tenths of the way to $\beta$; at $t = 0.12$, where the bumps part, about half way. Nearer to the data it rises to $\beta$: there $\mathrm{Var}(x_0\mid x_t)\approx\sigma_t^2$, for the noise is narrower than a bump, and nothing else hides $x_0$. With 1000 steps the place does not matter, for $\beta$ and $\tilde\beta$ are nearly one number. With 10 steps it does.
 #
 # > **Two footnotes to the slides.** An earlier slide calls the range between the bounds *"extremely small when diffusion step is large"*. Large means *many* steps. And $\beta$ is an upper bound *on average over $x_t$, for a coordinate of variance at most 1*. Pointwise $\kappa$ may be far above 1: between two bumps the next state may go either way.
 
@@ -265,7 +273,7 @@ claim("and above 2 at its largest", kappa.max() > 2)
 # %% [markdown]
 # ### 1.3 What goes wrong, in numbers
 #
-# Gaussian data $\mathcal N(0, V)$ can be followed through a chain without drawing anything: $\hat x_0 = k_tx_t$ with $k_t = \alpha_tV/(\alpha_t^2V+\sigma_t^2)$, each step multiplies the variance by a square and adds $\Sigma$. Notebook 03 did this with $\beta$ and with $\tilde\beta$, and neither was exact, *although the denoiser was perfect*. Now a third choice: $\Sigma = \tilde\beta+c^2\,\mathrm{Var}(x_0\mid x_t)$, where $\mathrm{Var}(x_0\mid x_t) = V\sigma_t^2/(\alpha_t^2V+\sigma_t^2)$. *Three curves: which way is each off?*
+# Gaussian data $\mathcal N(0, V)$ can be followed through a chain without drawing anything. The ideal guess is $\hat x_0 = k_tx_t$ with $k_t = \alpha_tV/(\alpha_t^2V+\sigma_t^2)$. So each step multiplies the variance by a square and adds $\Sigma$, the variance of what it draws. Notebook 03 did this with $\beta$ and with $\tilde\beta$, and neither was exact, *although the denoiser was perfect*. Now a third choice: $\Sigma = \tilde\beta+c^2\,\mathrm{Var}(x_0\mid x_t)$, where $\mathrm{Var}(x_0\mid x_t) = V\sigma_t^2/(\alpha_t^2V+\sigma_t^2)$. *Three choices, with $V = 0.25$: which of them are off, and which way?*
 
 
 # %%
@@ -289,9 +297,13 @@ colors = {"β̃ + c² Var": style.EXACT}
 plots.curves(torch.tensor(tried), ends, "steps S", "variance drawn / variance", logx=True, colors=colors)
 
 # %% [markdown]
-# With $\tilde\beta$ ten steps lose 40 % of the variance; with $\beta$ they make 10 % too much. (With five steps less, as the last one draws no noise.) With the true variance *five* steps are exact. (For Gaussian data the true step is Gaussian, so its mean and variance are all there is to know. And the last step draws noise here: after it a clean $\hat x_0$ would have lost $\mathrm{Var}(x_0\mid x_{t_1})$. Samplers do stop at $\hat x_0$, as images have hardly any noise of their own.)
+# With $\tilde\beta$ ten steps lose 40 % of the variance; with $\beta$ they make 10 % too much. With the true variance even *five* steps are exact: for Gaussian data the true step is Gaussian, so its mean and variance are all there is to know.
 #
-# So the answer to the slide's question is not "no": with $\beta$ and $\tilde\beta$ recomputed it *is* possible. Quality falls as the gap grows, and a better variance gives much of it back. For other data a long step is not Gaussian, so no variance makes it exact. *How much does the right one help there? Move the number of steps.* The histograms are 10,000 points each, and all stop at $t = 0.02$.
+# The last step has a part in this. With $\beta$ and with $\tilde\beta$ it draws nothing, as in all our samplers: the sample is $\hat x_0$, and $\mathrm{Var}(x_0\mid x_{t_1})$ is lost. That is why $\beta$ does less harm with five steps than with ten. For images the loss is small, as they have hardly any noise of their own. The true variance draws in the last step, too.
+#
+# So the answer to the slide's question is not "no": with $\beta$ and $\tilde\beta$ recomputed it *is* possible. Quality falls as the gap grows, and a better variance gives much of it back.
+#
+# For other data a long step is not Gaussian, so no variance makes it exact. *How much does the right one help there? Move the number of steps.* The histograms are 10,000 points each, and all stop at $t = 0.02$.
 
 # %%
 number, low = 10_000, 0.02
@@ -309,7 +321,7 @@ def best_number(x, x0, t, s):
     return beta_tilde + (beta - beta_tilde) * mean_kappa(t)  # the mean of the true variance, the same for all x_t
 
 
-rules = {"β": "beta", "β̃": "posterior", "β̃ + c² Var(x_0 | x_t)": true_variance}
+rules = {"β": "beta", "β̃": "posterior", "β̃ + c² Var(x_0 | x_t)": true_variance}  # for variance= of samplers.ddpm
 
 
 # %%
@@ -320,7 +332,7 @@ def run(rule, S):
 
 
 def misfit(x):
-    """The largest gap between the distribution functions of a cloud and of the data at t = 0.02."""
+    """The largest distance between the distribution functions of a cloud and of the data at t = 0.02."""
     spread = (path.alpha(low) ** 2 * widths**2 + path.sigma(low) ** 2).sqrt()
     exact = (shares * torch.special.ndtr((x.sort().values[:, None] - path.alpha(low) * modes) / spread)).sum(1)
     return (exact - (torch.arange(len(x)) + 0.5) / len(x)).abs().max()
@@ -331,6 +343,7 @@ def few_steps(steps):
     made, axes = plots.panels(3, width=10.2, height=2.8)
     for ax, (name, rule) in zip(axes, rules.items(), strict=True):
         plots.overlay(wanted, run(rule, steps), ax=ax, extent=(-1.7, 1.7), title=name)
+        ax.set_ylim(0, 2.4)
     return made
 
 
@@ -341,7 +354,9 @@ claim("the best single number for each step leaves more than twice as much", num
 widgets.explore(few_steps, steps=([5, 10, 25, 50, 100], 10))
 
 # %% [markdown]
-# With ten steps $\beta$ makes the bumps too wide and fills the valleys between them. $\tilde\beta$ makes the bumps too narrow. A number between the two does little better, for the bumps and the valleys need different variances. The variance that *knows where it is* keeps the bumps apart, at their width. A network could learn it.
+# With ten steps $\beta$ makes the bumps too wide and fills the valleys between them. $\tilde\beta$ makes the bumps too narrow. A number between the two does little better, for the bumps and the valleys need different variances. The variance that *knows where it is* keeps the bumps apart, at their width. With five steps none of them does: so long a step is far from Gaussian.
+#
+# A variance that depends on $x_t$ must come from somewhere. A network could learn it.
 #
 # ### 1.4 Improved DDPM: learn the variance
 #
@@ -349,9 +364,13 @@ widgets.explore(few_steps, steps=([5, 10, 25, 50, 100], 10))
 #
 # $$\Sigma_\theta(x_t, t) = \exp\bigl(v_\theta\log\beta_t+(1-v_\theta)\log\tilde\beta_t\bigr).$$
 #
-# ($v$ is a fraction here, not the $v$ that the digit network predicts. It is one number for each pixel.) Why not learn $\Sigma$ itself? Because its values span many powers of ten over $t$, while at each $t$ only a narrow range is reasonable: the slide's "infinitesimal range of reasonable values". And why the *log* domain? An exponential is positive whatever the network says. An error in $v$ is then an error by a *factor*, of the same size at both ends. With $\Sigma = v\beta+(1-v)\tilde\beta$ a $v$ slightly below 0 could mean a negative variance.
+# This is the $v$ of the figure in 1.2, not the $v$ that the digit network predicts. It is one number for each pixel.
 #
-# **One place where the formula has no value.** At $t = 1$ of the chain $\tilde\beta_1 = 0$, for $\sigma_0 = 0$. So $\log\tilde\beta_1 = -\infty$, and the formula gives $\Sigma = 0$ for all $v<1$. A convention is needed. The paper's code puts $\tilde\beta_2$ in its place. This course takes $\beta_1$ whatever $v$ is:
+# **Why not learn $\Sigma$ itself?** Its values span many powers of ten over $t$, while at each $t$ only a narrow range is reasonable: the slide's "infinitesimal range of reasonable values".
+#
+# **Why the log domain?** An exponential is positive whatever the network says. An error in $v$ is then an error by a *factor*, of the same size at both ends. With $\Sigma = v\beta+(1-v)\tilde\beta$ a $v$ slightly below 0 could mean a negative variance.
+#
+# **One place where the formula has no value.** In the last step down, from $t = 1$ of the chain, $\tilde\beta_1 = 0$, for there is no noise at $t = 0$. So $\log\tilde\beta_1 = -\infty$, and the formula gives $\Sigma = 0$ for all $v<1$. A convention is needed. The paper's code takes $\tilde\beta_2$ for $\tilde\beta_1$. This course takes $\Sigma = \beta_1$, whatever $v$ is:
 
 # %%
 show_source(paths.GaussianPath.log_variance)
@@ -366,7 +385,7 @@ _, beta_tilde, _ = variances(0.001, 0.0)
 claim("there log β̃ is −∞", beta_tilde.log() == -math.inf)
 chain_beta, chain_posterior, _ = variances(0.002, 0.001)
 claim(
-    "the paper's β̃_2 is three quarters of β_1, to 1 %",
+    "cosine path, 1000 steps: the paper's β̃_2 is three quarters of β_1, to 1 %",
     abs(chain_posterior / path.transition(0.0, 0.001)[1] - 0.75) < 0.01,
 )
 
@@ -389,9 +408,9 @@ claim(
 )
 
 # %% [markdown]
-# **The hybrid loss.** $L_{hybrid} = L_{simple}+\lambda L_{vlb}$. The mean shall learn from $L_{simple}$ alone, whose weights suit it (notebook 03, section 4.7). So in $L_{vlb}$ the mean is taken as a constant: its gradient is stopped. The slide says that the weighted loss "is used to train variance specifically". This is how.
+# **The hybrid loss.** $L_{hybrid} = L_{simple}+\lambda L_{vlb}$, where $L_{vlb}$ is the bound of notebook 03 and $\lambda$ a small weight (in section 3 the letter is a clock). The mean shall learn from $L_{simple}$ alone, whose weights suit it (notebook 03, section 4.7). So in $L_{vlb}$ the mean is taken as a constant: its gradient is stopped. The slide says that the weighted loss "is used to train variance specifically". This is how.
 #
-# $L_{vlb}$ is a sum over $T$ steps. One step drawn at random therefore counts $T$ times; with the paper's $\lambda = 0.001$ and $T = 1000$ the factor is 1.
+# $L_{vlb}$ is a sum over $T$ steps. One step drawn at random therefore stands for $T$ of them, and gets the factor $\lambda T$. With the paper's $\lambda = 0.001$ and $T = 1000$ that is 1.
 
 # %%
 show_source(losses.hybrid)
@@ -417,7 +436,7 @@ claim(
 )
 
 # %% [markdown]
-# **Let a small network learn $v$**, live. The mean is the ideal denoiser of the three bumps, so that nothing is left to learn but the variance; the chain has 25 steps. Then we compare with the true one, at a time when the bumps still overlap. *Where along $x_t$ do you expect the largest variance?*
+# **Let a small network learn $v$**, live. The mean is the ideal denoiser of the three bumps, so that nothing is left to learn but the variance; the chain has 25 steps. Then we compare with the true variance, at a time when the bumps still overlap. *Where along $x_t$ do you expect the largest variance?*
 
 
 # %%
@@ -460,15 +479,15 @@ inks = {"true": style.EXACT, "learned": style.MODEL, "β": style.NOISE, "β̃": 
 plots.curves(x[:, 0], lines, "x_t", "variance of the step", colors=inks)
 
 # %% [markdown]
-# The variance is largest in the middle, where it is open to which bump a point belongs; there it even exceeds $\beta$. The network has found its shape from single pairs $(x_0, x_t)$. It was never shown a variance.
+# The variance is largest in the middle, where it is open to which bump a point belongs; there it even exceeds $\beta$. The small network has found this, roughly, from single pairs $(x_0, x_t)$. It was never shown a variance. (Mind the vertical axis, which does not begin at 0.)
 #
 # ### 1.5 Respacing
 #
 # A network trained on 1000 steps is now run with 25. Three rules:
 #
-# - the mean stays: it is a guess of $x_0$ from $x_t$, and does not know where the step goes;
+# - the guess $\hat x_0$ stays: it depends on $x_t$ and $t$, not on where the step goes;
 # - the *fraction* $v$ stays (by the claim in 1.2 the place of the true variance does not depend on the step; on the log scale nearly);
-# - $\beta$ and $\tilde\beta$ are those of the *new* steps.
+# - $\beta$, $\tilde\beta$ and the factors in the mean are those of the *new* steps.
 #
 # > **Spot the bug.** A public library skipped steps and recomputed $\beta$ of the longer step for its fixed variance. But its learned variance read the upper end from the *training* table, `betas[t]`. With 25 steps of 1000: what is the variance then?
 
@@ -480,7 +499,9 @@ claim("25 of 1000 steps: the table's β is more than 30 times too small", upper 
 claim("the 'upper' bound lies far below the lower one", training_beta < lower / 20)
 
 # %% [markdown]
-# > **Spot another.** The same library once interpolated the variances where its networks had learned to interpolate their logarithms: $v\beta+(1-v)\tilde\beta$. Which of the two is larger? When would you notice?
+# The interval is upside down. For every $v$ above 0 the variance falls below $\tilde\beta$, and the samples are too narrow, like those of section 1.3 and worse.
+#
+# > **Spot another.** The same library once interpolated the variances where its networks had learned to interpolate their logarithms: $v\beta+(1-v)\tilde\beta$. *Which of the two is larger? When would you notice?*
 
 # %%
 gap = torch.tensor([gaps[1000][500], gaps[25][12], gaps[25][-1]])  # log(β/β̃) at t = ½, and in the last but one step
@@ -493,7 +514,9 @@ claim(
 )
 
 # %% [markdown]
-# A mean of numbers is never below the mean in logarithms. With 1000 steps nobody sees it, and with 25 it changes most steps by a few per cent at most: a silent fault. Which rule is *better*? By 1.2 the true variance is the plain interpolation with a fixed $\kappa$, and where the gap is small $v$ and $\kappa$ are the same number. So for a long step the plain mean would not be foolish, if a network had been trained for it. This one was trained with the other, and where gaps are large, its $v$ means something else.
+# An arithmetic mean is never below a geometric one. With 1000 steps nobody sees the difference, and with 25 it changes most steps by a few per cent at most: a silent fault.
+#
+# Which rule is *better*? By 1.2 the true variance is the plain interpolation with a fixed $\kappa$, and where the gap is small $v$ and $\kappa$ are the same number. So for a long step the plain mean would not be foolish, if a network had been trained for it. This one was trained with the other, and where gaps are large, its $v$ means something else.
 #
 # ### 1.6 On digits
 #
@@ -554,7 +577,7 @@ claim("and fewer than β̃", now["learned"] < now["posterior"])
 #
 # Look at what training uses. $L_{simple}$ draws $x_0$, $t$ and $\epsilon$, and jumps to $x_t = \alpha_tx_0+\sigma_t\epsilon$. It never walks. All that it knows of the forward process are the **marginals** $q(x_t\mid x_0)$, one at a time, and not how $x_t$ and $x_s$ belong together. So a trained network belongs to *every* process with these marginals, and we are free to choose one whose reverse is easier.
 #
-# **Which step from $t$ to $s$ keeps the marginals?** Let it be Gaussian, and know $x_0$. From $x_t$ and $x_0$ we know the noise, $\epsilon = (x_t-\alpha_tx_0)/\sigma_t$. Keep a part of this old noise, and add a part of fresh noise $z$, with deviation $\varsigma$:
+# **Which step from $t$ to $s$ keeps the marginals?** Let it be Gaussian, and let it know $x_0$. From $x_t$ and $x_0$ it knows the noise, $\epsilon = (x_t-\alpha_tx_0)/\sigma_t$. Keep a part of this old noise, and add a part of fresh noise $z$, with deviation $\varsigma$:
 #
 # $$x_s = \alpha_s\,x_0+\sqrt{\sigma_s^2-\varsigma^2}\;\frac{x_t-\alpha_tx_0}{\sigma_t}+\varsigma\,z.$$
 #
@@ -565,7 +588,6 @@ claim("and fewer than β̃", now["learned"] < now["posterior"])
 # with two letters to translate. Its $\sigma_t$ is the fresh noise, our $\varsigma$ (the third σ of the ledger). And **its $\alpha_t$ is the lecture's $\bar\alpha_t$**: the slide text has the letters of DDIM's paper.
 
 # %%
-eta = sympy.symbols("eta", positive=True)
 XT, X0, EPS, Z, s_s, s_t, fresh = sympy.symbols("x_t x_0 epsilon z sigma_s sigma_t varsigma", positive=True)
 step = a_s * X0 + sympy.sqrt(s_s**2 - fresh**2) * (XT - a_t * X0) / s_t + fresh * Z
 after = sympy.expand(step.subs(XT, a_t * X0 + s_t * EPS))
@@ -576,7 +598,7 @@ claim(
 )
 
 # %% [markdown]
-# And by walking: 20,000 walks down from noise to the *same* $x_0 = 0.7$, in ten steps, with no, half, or all of the noise $\varsigma = \eta\sqrt{\tilde\beta}$. The number $\eta$ is the knob that DDIM's paper turns.
+# DDIM's paper writes $\varsigma = \eta\sqrt{\tilde\beta}$ and turns the number $\eta$. We check the marginals by walking: 20,000 walks down from noise to the *same* $x_0 = 0.7$, in ten steps, with $\eta = 0$, ½ and 1.
 
 # %%
 number, x0 = 20_000, torch.full((20_000, 1), 0.7, dtype=double)
@@ -606,11 +628,11 @@ claim(
 # %% [markdown]
 # **Two members.** With $\eta = 1$ the step *is* DDPM's posterior, of mean $\tilde\mu$ and variance $\tilde\beta$. With $\eta = 0$ no fresh noise is drawn: $x_s$ is a function of $x_t$ and $x_0$.
 #
-# **Not a Markov chain.** Run the family forwards: how is $x_t$ distributed when $x_s$ is known? For a Markov chain, $x_0$ adds nothing to $x_s$. Here, given $x_0$, the noises $\epsilon_s$ and $\epsilon_t$ in $x_s$ and $x_t$ have the correlation $\rho = \sqrt{\sigma_s^2-\varsigma^2}/\sigma_s$, so
+# **Not a Markov chain.** Run the family forwards: how is $x_t$ distributed when $x_s$ is known? In a Markov chain $x_0$ tells nothing more then. Here, given $x_0$, all the noise in $x_s$ and all the noise in $x_t$ have the correlation $\rho = \sqrt{\sigma_s^2-\varsigma^2}/\sigma_s$, so
 #
 # $$\mathbb E[x_t\mid x_s, x_0] = \alpha_tx_0+\sigma_t\,\rho\,\frac{x_s-\alpha_sx_0}{\sigma_s}.$$
 #
-# Is there a $\varsigma$ for which $x_0$ drops out? Solve, and it is $\varsigma^2 = \tilde\beta$, and no other. **DDPM's chain is the one Markov process of this family.** The slide's word "modified to be non-Markovian" means the others. Nobody ever runs them forwards; they only justify the way back.
+# Is there a $\varsigma$ for which $x_0$ drops out? It takes $\alpha_t = \sigma_t\,\rho\,\alpha_s/\sigma_s$. Solved for $\varsigma$ this is $\varsigma^2 = \tilde\beta$, and no other. **DDPM's chain is the one Markov process of this family.** The slide's words "modified to be non-Markovian" mean the others. Nobody ever runs them forwards; they only justify the way back.
 
 # %%
 beta_tilde = (s_t**2 - a_t**2 / a_s**2 * s_s**2) * s_s**2 / s_t**2
@@ -672,7 +694,7 @@ conditional = clipped(lambda xt, t: digit_model(xt, t, y=ten))
 rows = {S: samplers.last(samplers.ddim(conditional, path, start, path.times(S))) for S in (5, 10, 20, 50)}
 judge = checkpoints.load("mnist-classifier")
 claim(
-    "all 40 are what was asked for, but for at most 2",
+    "the classifier reads at least 38 of the 40 digits as what was asked for",
     sum((judge(x).argmax(1) == ten).sum() for x in rows.values()) >= 38,
 )
 apart = [(rows[S] - rows[50]).abs().mean() for S in (5, 10, 20)]
@@ -682,7 +704,7 @@ plots.rows(list(rows.values()), labels=[f"{S} steps" for S in rows])
 # %% [markdown]
 # One row of digits, drawn with more and more care. They agree in what is drawn and how, and differ in thickness and detail: the 7 gets its bar late. So they seem to tend to something as the steps get shorter. Section 2.3 says to what.
 #
-# > **Spot the bug.** A public library lets the user choose how times are spaced. For the step it computed the time it goes to as `prev = t - T // n`, for every spacing. Its issue tracker has this fault several times over. And its default spacing was "leading": with $T = 1000$ and $n = 5$ the network is asked at 801, 601, 401, 201 and 1. *Two faults. Which row below is which, and how do you tell?*
+# > **Spot the bug.** A public library lets the user choose how times are spaced. For the step it computed the time it goes to as `prev = t - T // n`, for every spacing. Its issue tracker has this fault several times over. And its default spacing was "leading": with $T = 1000$ and $n = 5$ the network is asked at 801, 601, 401, 201 and 1. *Two faults, rows A and B below. What does each do to a digit, and why?*
 
 # %%
 T, n = 1000, 5
@@ -752,12 +774,12 @@ claim("a DDIM step is a step of Euler's rule in x/α over σ/α, to 1e-12", (mov
 #
 # $$x_s = \alpha_s\hat x_0+\sigma_s\hat\epsilon = (\alpha_s\alpha_t+\sigma_s\sigma_t)\,x_t = \cos\bigl(\tfrac\pi2(t-s)\bigr)\,x_t,$$
 #
-# on the cosine path. Every $x_t$ ought to be $\mathcal N(0,1)$, but each step shrinks it. With $S$ equal steps the deviation at the end is $\cos^S\frac\pi{2S}\approx1-\frac{\pi^2}{8S}$. **Why?** $\hat x_0$ and $\hat\epsilon$ are means, and a mean varies less than what it is the mean of: $\mathrm{Var}\,\hat x_0 = \alpha_t^2<1$. On the way the missing variances are not made up for. Twice the steps halve the loss, as it must be with Euler's rule.
+# on the cosine path. Every $x_t$ ought to be $\mathcal N(0,1)$, but each step shrinks it. With $S$ equal steps the deviation at the end is $\cos^S\frac\pi{2S}\approx1-\frac{\pi^2}{8S}$. **Why?** $\hat x_0$ and $\hat\epsilon$ are means, and a mean varies less than what it is the mean of: $\mathrm{Var}\,\hat x_0 = \alpha_t^2<1$. With $\eta = 0$ nothing makes up for the missing variance. Twice the steps halve the loss, as it must be with Euler's rule.
 
 # %%
 theta, phi = sympy.symbols("theta phi")
 claim(
-    "αα + σσ is the cosine of the difference",
+    "α_s α_t + σ_s σ_t is the cosine of the difference of the angles",
     sympy.simplify(sympy.cos(theta) * sympy.cos(phi) + sympy.sin(theta) * sympy.sin(phi) - sympy.cos(theta - phi)) == 0,
 )
 unit, one = toy.GaussianMixture(torch.zeros(1, 1, dtype=double), 1.0), torch.ones(1, 1, dtype=double)
@@ -801,9 +823,9 @@ for S in (20, 40, 80):
 # %%
 claim("80 steps: all five come back, their pixels to 0.02 on average", errors[-1].max() < 0.02)
 halved = [a.median() / b.median() / 2 for a, b in pairwise(errors)]
-claim("twice the steps, half the error of the middle one, to 25 %: first order", all(abs(h - 1) < 0.25 for h in halved))
+claim("twice the steps, half the median error, to 25 %: first order", all(abs(h - 1) < 0.25 for h in halved))
 claim("20 steps: one of them is off by more than 0.1", errors[0].max() > 0.1)
-claim("the codes look like noise: deviation 1 to 5 %", abs(codes[80].std() - 1) < 0.05)
+claim("the codes look like noise: their deviation is 1, to 5 %", abs(codes[80].std() - 1) < 0.05)
 no_noise = samplers.last(samplers.ddim_inversion(labelled, path, encoded, torch.linspace(t_min, 1, 21, dtype=double)))
 claim("clean digits, without that little noise: the codes have a deviation below 0.7", no_noise.std() < 0.7)
 plots.rows([encoded, codes[80] / 3, decoded[20], decoded[80]], labels=["digit", "code", "20 steps", "80 steps"])
@@ -819,7 +841,7 @@ plots.rows([encoded, codes[80] / 3, decoded[20], decoded[80]], labels=["digit", 
 #
 # $$z(u) = \frac{\sin((1-u)\phi)}{\sin\phi}\,z_a+\frac{\sin(u\phi)}{\sin\phi}\,z_b.$$
 #
-# *What will too short a noise draw?* First an arc from a 7 to a 9. The label is the null label, both ways; without a label more ways part, and 90 steps are needed to come back to both.
+# First an arc from a 7 to a 9. The label is the null label, both ways; without a label more ways part, and 90 steps are needed to come back to both.
 
 
 # %%
@@ -841,7 +863,7 @@ plots.rows([between], labels=["7 → 9"])
 # %% [markdown]
 # The 7 bends a hook and closes it to a loop. Each picture between is a digit, and not two faint ones on top of each other, as mixed pixels would be. (Mostly: section 6.5 of notebook 05 has more.)
 #
-# Now half way between two *random* codes, 30 times. Above the middles of straight lines, below those of arcs between the same codes.
+# Now half way between two *random* codes, 30 times, of which ten are shown: above the middles of straight lines, below those of arcs between the same codes. *What will too short a noise draw?*
 
 # %%
 one, other = torch.randn(2, 30, 1, 28, 28, generator=g)  # the angle between them is a right one, nearly
@@ -865,15 +887,15 @@ plots.rows([x[:10] for x in middles.values()], labels=list(middles))
 #
 # $$\frac{d}{d\lambda}\,\frac x\alpha = -e^{-\lambda}\,\hat\epsilon.$$
 #
-# For the guess of the data multiply by $\alpha/\sigma = e^\lambda$ and use the product rule:
+# That is the form for the guess of the noise. For the guess of the data note that $\frac x\sigma = e^\lambda\frac x\alpha$, and use the product rule:
 #
 # $$\frac{d}{d\lambda}\,\frac x\sigma = e^\lambda\frac x\alpha-e^\lambda e^{-\lambda}\hat\epsilon = \frac{x-\sigma\hat\epsilon}{\sigma} = e^\lambda\,\hat x_0.$$
 #
-# On the right sides $x$ is gone, except inside the network. (This is *variation of constants*.) Integrate over a step from $t$ to $s$:
+# On the right sides $x$ is gone, except inside the network. The name for this is *variation of constants*. Integrate over a step from $t$ to $s$:
 #
 # $$\frac{x_s}{\sigma_s} = \frac{x_t}{\sigma_t}+\int_{\lambda_t}^{\lambda_s}e^\lambda\,\hat x_0\;d\lambda,\qquad\qquad \frac{x_s}{\alpha_s} = \frac{x_t}{\alpha_t}-\int_{\lambda_t}^{\lambda_s}e^{-\lambda}\,\hat\epsilon\;d\lambda.$$
 #
-# *Both are exact.* We follow one solution of the ODE, by a solver that knows nothing of this, and check them by quadrature.
+# *Both are exact.* We check them on solutions of the ODE that come from a solver that knows nothing of $\lambda$, and integrate by Simpson's rule.
 
 # %%
 velocity = read_as("velocity", d, path)
@@ -899,7 +921,9 @@ claim("x_s/α_s is x_t/α_t minus the integral of e^−λ ε̂, to 1e-6", (by_no
 #
 # $$x_s = \frac{\sigma_s}{\sigma_t}x_t-\alpha_s(e^{-h}-1)\,\hat x_0,\qquad\qquad x_s = \frac{\alpha_s}{\alpha_t}x_t-\sigma_s(e^h-1)\,\hat\epsilon.$$
 #
-# One formula holds $\hat x_0$ constant, the other $\hat\epsilon$; on the true way neither is. *Which of the two is DDIM?* Both: with one evaluation, either answer gives the other, and the steps agree. Only from second order on there are two different solvers, DPM-Solver for $\hat\epsilon$ and DPM-Solver++ for $\hat x_0$. With guidance, and with clipping, it is $\hat x_0$ that stays in its range; we use that one.
+# One formula holds $\hat x_0$ constant, the other $\hat\epsilon$; on the true way neither is constant. **Both are DDIM.** One evaluation at $t$ gives $\hat x_0$ and $\hat\epsilon$, each from the other, and the two steps agree.
+#
+# Only from second order on there are two different solvers, DPM-Solver for $\hat\epsilon$ and DPM-Solver++ for $\hat x_0$. With guidance, and with clipping, it is $\hat x_0$ that stays in its range; we use that one.
 
 # %%
 lam_s, lam_t, h, A, D1 = sympy.symbols("lambda_s lambda_t h A D1", real=True)
@@ -914,11 +938,13 @@ claim("ε̂ held constant is DDIM", sympy.simplify((by_noise - ddim).subs(hop)) 
 # %% [markdown]
 # ### 3.3 Second order
 #
-# Let the guess change along a line in $\lambda$: $\hat x_0 = A+D_1\,(\lambda-\lambda_t)$. DPM-Solver++ does not even integrate the line exactly. It takes the guess *in the middle of the step*, $D = A+D_1\frac h2$, as if it were constant. What does that cost? With $u = \lambda-\lambda_t$, and up to the common factor $e^{\lambda_t}$:
+# Let the guess change along a line in $\lambda$: $\hat x_0 = A+D_1\,(\lambda-\lambda_t)$, with the guess $A$ at $t$ and a slope $D_1$. DPM-Solver++ does not even integrate the line exactly. It takes the guess *in the middle of the step*, $D = A+D_1\frac h2$, as if it were constant. What does that cost? With $u = \lambda-\lambda_t$, and up to the common factor $e^{\lambda_t}$:
 #
 # $$\int_0^he^u(A+D_1u)\,du-(e^h-1)\Bigl(A+D_1\frac h2\Bigr) = D_1\,\frac{h^3}{12}+O(h^4).$$
 #
-# So a step errs by $O(h^3)$, just as from the curvature of $\hat x_0$ that the line leaves out, and all steps together by $O(h^2)$: second order. There are two ways to find the guess in the middle:
+# So a step errs by $O(h^3)$. The curvature of $\hat x_0$, which the line leaves out, costs as much. All steps together err by $O(h^2)$: second order.
+#
+# There are two ways to find the guess in the middle:
 #
 # - **Multistep, 2M.** Draw the line through this guess and the *last* one, and extend it by half a step. With $h_{last}$ the length of the last step and $r = h_{last}/h$: $D = \hat x_0+\frac h2\cdot\frac{\hat x_0-\hat x_0^{last}}{h_{last}} = \bigl(1+\frac1{2r}\bigr)\hat x_0-\frac1{2r}\hat x_0^{last}$. It costs one evaluation a step. The first step has no past and is DDIM's.
 # - **Singlestep, 2S.** Go half a step by DDIM, ask there, and take that answer. Two evaluations a step, and no memory.
@@ -984,16 +1010,18 @@ figure.axes[0].set_xticks([], minor=True)
 figure
 
 # %% [markdown]
-# DDIM's line falls with slope 1, the other three with slope 2. At equal evaluations 2M lies lowest, though at equal *steps* 2S is a little better: it asks twice. Order is a statement about short steps. How far to the left of such a figure it still tells anything is for an experiment to say (section 5).
+# DDIM's line falls with slope 1, the other three with slope 2. At equal evaluations 2M lies lowest. At equal *steps* 2S is a little better (compare its point at 40 evaluations with that of 2M at 20), but it asks twice.
+#
+# Order is a statement about short steps. How far to the left of such a figure it still tells anything is for an experiment to say (section 5).
 #
 # ### 3.5 What a test of order does not see
 #
-# > **Spot the bug.** In a long public discussion of a 2M sampler people swap $h$ and $h_{last}$ and compare pictures. Suppose somebody has $r = h/h_{last}$, upside down. You test the order. What do you see? And on a grid whose steps are not equal?
+# > **Spot the bug.** In a long public discussion of a 2M sampler people swap $h$ and $h_{last}$ and compare pictures. Suppose somebody has $r = h/h_{last}$, upside down, and somebody else leaves $r$ out, as if it were 1. *You test the order of both. What do you see? And on a grid whose steps are not equal?*
 
 
 # %%
 def two_m(x, times, one_over_2r):
-    """2M by hand, to be broken: one_over_2r is a function of h and h_last."""
+    """2M by hand, so that it can be broken: one_over_2r(h, h_last) is what stands for 1/(2r)."""
     last, h_last = None, None
     for t, s in pairwise(times.tolist()):
         x0, h = d(x, t), (path.logsnr(s) - path.logsnr(t)).item() / 2
@@ -1023,9 +1051,11 @@ claim("the inverted one has order 2 as well", all(abs(p - 2) < 0.15 for p in ord
 claim("without r the order falls to 1", all(abs(p - 1) < 0.15 for p in order_of("no r", [1, 3])))
 
 # %% [markdown]
-# *The inverted formula passes.* On equal steps $r = 1$, and all three are the same. On steps of 1 and 3 in turn, the inverted one is too bold in one step and too timid in the next, and to leading order the two slips cancel. (Why: in a step it puts $\frac{h_{last}}{2h}$ where $\frac h{2h_{last}}$ belongs, so the line is extended by $\frac{h_{last}^2}{2h}$ instead of $\frac h2$. Times the step's length $h$, the error is $\frac12(h_{last}^2-h^2)$ times the slope. Summed over steps this telescopes: what is left are the two ends, and the changes of the slope, which are small.)
+# *The inverted formula passes.* On equal steps $r = 1$, and all three are the same. On steps of 1 and 3 in turn, the inverted one is too bold in one step and too timid in the next, and to leading order the two slips cancel.
 #
-# So test the *step* itself, not the way's end. **If $\hat x_0$ is affine in $\lambda$, the extended guess is exact: $D = \hat x_0(\lambda_{mid})$,** on any grid. That is one line of algebra, and no formula with a wrong $r$ obeys it.
+# **Why.** In a step it puts $\frac{h_{last}}{2h}$ where $\frac h{2h_{last}}$ belongs, so the line is extended by $\frac{h_{last}^2}{2h}$ instead of $\frac h2$. Times the step's length $h$, the error is $\frac12(h_{last}^2-h^2)$ times the slope. Summed over steps this telescopes: what is left are the two ends, and the changes of the slope, which are small.
+#
+# So test the *step* itself, not the way's end. **If $\hat x_0$ changes along a line in $\lambda$, the extended guess is exact:** $D = \hat x_0(\lambda_{mid})$ with $\lambda_{mid} = \frac12(\lambda_t+\lambda_s)$, on any grid. That is one line of algebra, and no formula with a wrong $r$ obeys it.
 
 # %%
 t_before, t, s = 0.7, 0.45, 0.4  # an irregular grid: h_last is far longer than h
@@ -1054,7 +1084,7 @@ for variant, one_over_2r in variants.items():
         claim(f"{variant}: off by more than 10 % of the change over the step", off > 0.1 * 0.2 * h)
 
 # %% [markdown]
-# > **Spot another.** A public Heun sampler computed the slope at the *end* of the trial step as $(x_s-\hat x_0)/\sigma$ with the $\sigma$ of the *start*. Its networks predicted noise, and all was well. Then came networks that predict $v$, and pictures were noisy. Why did noise prediction hide it? Would a test of order have caught it?
+# > **Spot another.** A public Heun sampler computed the slope at the *end* of the trial step as $(x_s-\hat x_0)/\sigma$ with the $\sigma$ of the *start*. Its networks predicted noise, and all was well. Then came networks that predict $v$, and pictures were noisy. *Why did noise prediction hide it? Would a test of order have caught it?*
 
 
 # %%
@@ -1099,25 +1129,25 @@ near_data = [((0 < t) & (t < 0.15)).sum().item() for t in (by_time, by_lambda)]
 claim("between 0 and 0.15 lies 1 of the times equal in t, and 3 of those equal in λ", near_data == [1, 3])
 
 # %% [markdown]
-# Equal steps in $\lambda$ ask many questions near the data (small $t$) and near pure noise, few in between. On the exact bumps, whose guess changes most where the bumps merge and part, this suits a second-order solver. For a network on images it depends: near the data there is little left to decide, and evaluations there may be better spent. Section 5 has both grids.
+# Equal steps in $\lambda$ ask many questions near the data (small $t$) and near pure noise, few in between. (On the right the ends at $t = 0$ and $t = 1$ are missing: there $\lambda$ is infinite.) On the exact bumps, whose guess changes most where the bumps merge and part, this suits a second-order solver. For a network on images it depends: near the data there is little left to decide, and evaluations there may be better spent. Section 5 has both grids.
 #
 # ## 4. All steps at once
 #
 # ### 4.1 A fixed point
 #
-# The slide says: *"The diffusion model cannot be parallelized due to its Markovian nature."* It seems obvious. Call the states on the way $X_0$, which is the noise, $X_1$, and so on to $X_N$, the sample. $X_{i+1}$ needs $X_i$, which needs $X_{i-1}$, and a thousand evaluations must wait for each other. But is it *impossible*?
+# The slide says: *"The diffusion model cannot be parallelized due to its Markovian nature."* It seems obvious. Call the states on the way $X_0$, which is the noise, $X_1$, and so on to $X_S$, the sample. ($X_i$ is the state at $t_i$. So in this section $t_0 = 1$ and $t_S = 0$, in the order of the steps.) $X_{i+1}$ needs $X_i$, which needs $X_{i-1}$, and a thousand evaluations must wait for each other. But is it *impossible*?
 #
-# Write down what is wanted. A way is right if every step fits:
+# Write down what is wanted, with the factors of DDIM's step from section 2.2. A way is right if every step fits:
 #
 # $$X_{i+1} = \text{keep}_i\;X_i+\text{pull}_i\;\hat x_0(X_i, t_i)+\text{std}_i\;z_i\qquad\text{for all }i.$$
 #
-# These are $N$ equations for $N$ unknown states: a **fixed-point problem** for the way as a whole. Guess a way, ask the network at *all* its states at once, and walk the way anew with these answers. Repeat:
+# These are $S$ equations for $S$ unknown states: a **fixed-point problem** for the way as a whole. Guess a way, ask the network at *all* its states at once, and walk the way anew with these answers. Repeat:
 #
 # $$X^{(k+1)}_{i+1} = \text{keep}_i\;X^{(k+1)}_i+\text{pull}_i\;\hat x_0\bigl(X^{(k)}_i, t_i\bigr)+\text{std}_i\;z_i.$$
 #
 # This is **Picard iteration**, known from the proof that ODEs have solutions; for diffusion models it was proposed under the name ParaDiGMS. All evaluations of a *round* are independent of each other: one batch.
 #
-# **It always ends.** $X_0$ is known, so after one round $X_1$ is exact, after two rounds $X_2$, and so on: after $N$ rounds at the latest all is exact. In the worst case nothing is gained. How is it in practice?
+# **It always ends.** $X_0$ is known, so after one round $X_1$ is exact, after two rounds $X_2$, and so on: after $S$ rounds at the latest all is exact. In the worst case nothing is gained. How is it in practice?
 #
 # **And the noise?** With $\eta = 1$ this is DDPM's Markov chain, with fresh noise in each step. Draw all $z_i$ *beforehand*. Then the chain is a function of numbers that are known, and the same argument holds. To be Markov is no obstacle.
 
@@ -1144,22 +1174,22 @@ def rounds_of(x, times, eta, fresh, rounds):
         yield torch.stack(way)
 
 
-N, x, fresh = 50, normal(200, 1), normal(50, 200, 1)
-times = path.times(N)
+S, x, fresh = 50, normal(200, 1), normal(50, 200, 1)
+times = path.times(S)
 far, needed = {}, {}
 for name, eta in {"η = 0": 0.0, "η = 1": 1.0}.items():
-    *_, exact = rounds_of(x, times, eta, fresh, N)  # N rounds are exact
+    *_, exact = rounds_of(x, times, eta, fresh, S)  # S rounds are exact
     far[name] = torch.stack([(way - exact).abs().mean((1, 2)) for way in rounds_of(x, times, eta, fresh, 30)])
     needed[name] = int((far[name][:, -1] > 1e-3).sum()) + 1
 
 # %%
 one_by_one = samplers.last(samplers.ddim(d, path, x, times))
-*_, exact = rounds_of(x, times, 0.0, fresh, N)
-claim("N rounds give the sequential sampler's end, to 1e-12", (exact[-1] - one_by_one).abs().max() < 1e-12)
+*_, exact = rounds_of(x, times, 0.0, fresh, S)
+claim("S rounds give the sequential sampler's end, to 1e-12", (exact[-1] - one_by_one).abs().max() < 1e-12)
 promised = max(far[name][k, : k + 2].max() for name in far for k in range(30))
-claim("after k rounds the first k states are exact", promised < 1e-12)
+claim("after k rounds the first k states after the noise are exact, to 1e-12", promised < 1e-12)
 claim("η = 0: 13 rounds or fewer to an error of 0.001, for 50 steps", needed["η = 0"] <= 13)
-claim("η = 1: 18 or fewer", needed["η = 1"] <= 18)
+claim("η = 1: 18 rounds or fewer", needed["η = 1"] <= 18)
 
 # %%
 made, axes = plots.panels(2, width=9.4, height=3.4)
@@ -1169,7 +1199,7 @@ look = {
     "cmap": style.DENSITY,
     "vmin": -8,
     "vmax": 0,
-    "extent": (-0.5, N + 0.5, 0.5, 30.5),
+    "extent": (-0.5, S + 0.5, 0.5, 30.5),
 }
 for ax, (name, error) in zip(axes, far.items(), strict=True):
     shown = ax.imshow(error.clamp(1e-8).log10(), **look)
@@ -1180,11 +1210,11 @@ made.colorbar(shown, ax=axes, label="log₁₀ of the error")
 made
 
 # %% [markdown]
-# Dark is wrong, white is right. On the dashed line the $k$-th state has had its $k$ rounds: what lies above and to the left of it must be exact, that much was promised. But nearly all of the picture is white. With $\eta = 0$ the whole way is right to a thousandth after a dozen rounds, where the sequential sampler needs 50 evaluations one after the other. With noise it takes half as many rounds again. Slower, and not impossible.
+# Dark is wrong; where it is white the error is below $10^{-8}$. On the dashed line the $k$-th state has had its $k$ rounds: what lies above and to the left of it must be exact, that much was promised. But much more of the picture is white. With $\eta = 0$ the whole way is right to a thousandth after a dozen rounds, where the sequential sampler needs 50 evaluations one after the other. With noise it takes one and a half times as many. Slower, but not impossible.
 #
 # ### 4.2 On digits
 #
-# Two digits, 40 steps, by the kernel, until no state moves by more than 0.001 (root mean square over its pixels). We count rounds and evaluations.
+# Two digits, 40 steps, with `samplers.picard`, until no state moves by more than 0.001 (root mean square over its pixels). We count rounds, and the evaluations of all rounds together. *How many of each do you expect, without fresh noise and with it?*
 
 # %%
 two, asked = torch.tensor([3, 8]), []
@@ -1196,15 +1226,15 @@ def counted(xt, t):
 
 
 # %%
-N, pair, films = 40, torch.randn(2, 1, 28, 28, generator=g), {}
+S, pair, films = 40, torch.randn(2, 1, 28, 28, generator=g), {}
 for eta in (0.0, 1.0):
     asked.clear()
     noise = torch.Generator().manual_seed(3)
-    films[eta] = list(samplers.picard(clipped(counted), path, pair, path.times(N), tol=1e-3, eta=eta, generator=noise))
+    films[eta] = list(samplers.picard(clipped(counted), path, pair, path.times(S), tol=1e-3, eta=eta, generator=noise))
     rounds, evaluations = len(asked), sum(asked)
     asked.clear()
     noise = torch.Generator().manual_seed(3)
-    one_by_one = samplers.last(samplers.ddim(clipped(counted), path, pair, path.times(N), eta=eta, generator=noise))
+    one_by_one = samplers.last(samplers.ddim(clipped(counted), path, pair, path.times(S), eta=eta, generator=noise))
     off = (films[eta][-1] - one_by_one).square().mean().sqrt()
     claim(f"η = {eta:g}: the same digits as one by one, to 0.02", off < 0.02)
     claim(f"  fewer than 30 rounds, where {len(asked)} evaluations had to wait for each other", rounds < 30)
@@ -1220,7 +1250,7 @@ def after(round):
 widgets.explore(after, round=([1, 2, 4, 6, 8, 10, 13, 16, 20, 25], 8))
 
 # %% [markdown]
-# *Move the round.* What is shown is the last state of the way. It is noise for some rounds, then a digit in pieces, and then it hardly changes any more: after about 8 rounds without fresh noise, after about 16 with it.
+# *Move the round.* What is shown is the last state of the way. It is noise for some rounds, then a digit in pieces, and then it hardly changes any more: after about 10 rounds without fresh noise, after about 16 with it.
 #
 # So what the slide calls impossible is possible, and what it costs is clear: **fewer rounds, more evaluations.** A processor that asks its network for fifty states in the time of one gains. Two cores gain nothing: for them fifty states in one batch take nearly as long as one by one, and as there are several times as many evaluations, seconds go *up*. And the rival is not DDIM with 40 steps one by one, but a better solver with 10.
 #
@@ -1317,13 +1347,13 @@ widgets.explore(drawn, sampler=(list(measures.FAST), "DPM-Solver++(2M)"), evalua
 #
 # | you have | use | because |
 # |---|---|---|
-# | 5 to 20 evaluations | DPM-Solver++(2M) | second order at one evaluation a step |
-# | 50 or more, and want it simple | DDIM, $\eta = 0$ | nothing to tune; near enough to the ODE |
+# | 4 to 20 evaluations | DPM-Solver++(2M) | second order for the price of first order; it can only gain |
+# | 50 or more, and want it simple | DDIM, $\eta = 0$ | nothing to tune; near enough to the ODE (on our digits from 10 on) |
 # | strong guidance, few steps | DPM-Solver++ on $\hat x_0$, with clipping | $\hat x_0$ stays in its range, $\hat\epsilon$ need not; a guided step counts two evaluations |
-# | no past to lean on (adaptive steps, a change on the way) | DPM-Solver++(2S) or Heun | each step stands alone; two evaluations |
+# | no past to lean on (adaptive steps, a change on the way) | DPM-Solver++(2S) or Heun, 20 evaluations and more | each step stands alone; it costs two |
 # | many evaluations, and a network that errs | ancestral sampling, or DDIM with $\eta>0$ | fresh noise forgets errors (notebook 05, section 6.4) |
 # | ancestral sampling with 25 to 100 steps | a learned variance, or $\tilde\beta$ and $\beta$ of the *new* steps | section 1 |
-# | bits per dimension from few steps | a learned variance | it is what the bound is least at |
+# | bits per dimension from few steps | a learned variance | the bound is least at the variance it learns |
 # | to edit, encode or mix real images | DDIM inversion, 50 steps and more | deterministic both ways; first order |
 # | many processors and one image to wait for | Picard iteration on one of the above | fewer rounds, more evaluations |
 #
@@ -1332,16 +1362,17 @@ widgets.explore(drawn, sampler=(list(measures.FAST), "DPM-Solver++(2M)"), evalua
 # - Count evaluations. A guided step counts two, and so does a step of Heun or 2S.
 # - To skip steps *is* possible: with $\beta$ and $\tilde\beta$ of the longer steps. The gap between them grows, for all gaps of a chain have one sum, and few steps share it.
 # - The variance of a true step is $\tilde\beta+c^2\,\mathrm{Var}(x_0\mid x_t)$. On a path with $\alpha^2+\sigma^2 = 1$ it divides the gap in a ratio that does not depend on the step.
-# - Improved DDPM learns where, by a term of the bound whose gradient does not reach the mean.
+# - Improved DDPM learns where between the bounds the variance lies, by a term of the bound whose gradient does not reach the mean.
 # - Training knows marginals only. DDIM chooses another process with the same ones, given the true $x_0$. With the guess in its place it is Euler's rule for the probability-flow ODE, and errs like $1/S$.
 # - In $\lambda$, half the log-SNR, the ODE's linear part is solved exactly. What is left to approximate is $\hat x_0$: constant, it is DDIM; along a line, DPM-Solver++ of second order.
-# - A solver has an order *and* local identities. The second see faults that the first does not.
+# - A solver has an order *and* obeys identities in each single step. A test of these finds faults that a test of the order lets through.
 # - A chain, even a random one, is a fixed point. Picard iteration trades evaluations for waiting.
 #
 # **Pitfalls**
 #
 # - $\beta$ from the training table in a chain with skipped steps.
-# - Variances interpolated where their logarithms were learned. $\log\tilde\beta_1 = -\infty$.
+# - Variances interpolated where their logarithms were learned.
+# - $\log\tilde\beta_1 = -\infty$ in the last step.
 # - Three σ and two α: DDIM's paper has $\alpha_t$ for $\bar\alpha_t$ and $\sigma_t$ for the fresh noise.
 # - A step to `t - T // n` on a grid that does not have this time. A grid that never visits the end of the path.
 # - "The marginals are right, so the samples are": only with the true $x_0$.
