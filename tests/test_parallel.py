@@ -183,6 +183,9 @@ def test_how_much_it_moved_is_of_the_sample_that_moved_most():
     a_quarter = [len(typed_rounds("Cosine", lone, times, None, 4 * tol, denoiser=denoiser)) for tol in tols]
     assert counts[0] == [1, 1, 1]
     assert (
+        len(list(picard(denoiser, Cosine(), still, times, tol=0))) == 1
+    )  # not to move at all is enough for no tolerance
+    assert (
         counts[1]
         == [len(typed_rounds("Cosine", lone, times, None, tol, denoiser=denoiser)) for tol in tols]
         == [3, 4, 4]

@@ -141,12 +141,12 @@ def ddim_coefficients(path: GaussianPath, t: Time, s: Time, eta: float):
 def heun_step(denoiser: Callable, path: GaussianPath, xt: Tensor, t: Time, s: Time) -> Tensor:
     r"""A step of the probability-flow ODE by Heun's rule, second order, two evaluations.
 
-    In the variables :math:`\bar x = x/\alpha` and :math:`\varsigma = \sigma/\alpha` the ODE is
-    :math:`d\bar x/d\varsigma = \hat\epsilon`. An Euler step in them is DDIM; Heun repeats it with the mean of ε̂ at both ends:
+    In the variables :math:`\bar x = x/\alpha` and :math:`\bar\sigma = \sigma/\alpha` the ODE is
+    :math:`d\bar x/d\bar\sigma = \hat\epsilon`. An Euler step in them is DDIM; Heun repeats it with the mean of ε̂ at both ends:
 
-    .. math:: x_s = \tfrac{\alpha_s}{\alpha_t}x_t + \alpha_s(\varsigma_s - \varsigma_t)\,\tfrac{\hat\epsilon_t + \hat\epsilon_s}{2}
+    .. math:: x_s = \tfrac{\alpha_s}{\alpha_t}x_t + \alpha_s(\bar\sigma_s - \bar\sigma_t)\,\tfrac{\hat\epsilon_t + \hat\epsilon_s}{2}
 
-    Where α_t = 0 or σ_s = 0 one end has no ε̂ or an infinite ς, and the DDIM step is kept.
+    Where α_t = 0 or σ_s = 0 one end has no ε̂ or an infinite σ̄, and the DDIM step is kept.
 
     Arguments:
         denoiser: (x_t, t) → x̂_0.

@@ -28,8 +28,9 @@ def picard(
     .. math:: x^{(k+1)}_{i+1} = \text{keep}_i\,x^{(k+1)}_i + \text{pull}_i\,\hat x_0\bigl(x^{(k)}_i, t_i\bigr) + \text{std}_i\,z_i
 
     A way that a round leaves as it is, is that of `ddim` with the same noises. After k rounds the first k states are `ddim`'s exactly, so
-    N rounds are always enough; mostly far fewer are. A round is one call of the denoiser with many samples: few rounds are few calls
-    one after the other, at the price of more evaluations in all.
+    as many rounds as steps are always enough; mostly far fewer are. A round is one call of the denoiser with many samples: few rounds
+    are few calls one after the other, at the price of more evaluations in all. (The paper takes the whole step from the old way; here
+    the part without the network is renewed within a round.)
 
     Arguments:
         denoiser: (x_t, t) → x̂_0. It is asked with W·B samples, all of one time after all of another, and t of shape (W·B,). What it is

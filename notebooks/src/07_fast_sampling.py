@@ -140,13 +140,13 @@ claim(
 #
 # $$\mathrm{Var}(x_s\mid x_t) = \tilde\beta+c^2\,\mathrm{Var}(x_0\mid x_t).$$
 #
-# That was exact, at every $x_t$, and nowhere did it ask for a *short* step. So nothing forbids to skip: **$\beta$ and $\tilde\beta$ of the longer step are other numbers, and one must compute them anew.**
+# That was exact, at every $x_t$, and nowhere did it ask for a *short* step. So nothing in them forbids to skip: **$\beta$ and $\tilde\beta$ of the longer step are other numbers, and one must compute them anew.** What a long step does lose is its Gaussian shape; section 1.3 looks at that.
 #
 # **The gap.** From the formulas, $\beta/\tilde\beta = \sigma_t^2/\sigma_s^2$. So $\log(\beta/\tilde\beta) = \log\sigma_t^2-\log\sigma_s^2$: the gap in logarithms is a *difference*, and over the steps of a chain it adds up to a sum that telescopes. With times $1 = t_S>\dots>t_1>t_0 = 0$,
 #
 # $$\sum_{i=2}^S\log\frac{\beta}{\tilde\beta}\Big|_{t_i\to t_{i-1}} = \log\sigma^2(1)-\log\sigma^2(t_1).$$
 #
-# On our path $\sigma(1) = 1$ and $\sigma(t_1) = \sin\frac\pi{2S}\approx\frac\pi{2S}$, so this is about $2\log S-0.9$. A chain of 1000 steps has 12.9 to share out, and one of 10 steps still 3.7. That makes 0.013 for each step, and 0.4. In this the slide is right.
+# On our path $\sigma(1) = 1$ and $\sigma(t_1) = \sin\frac\pi{2S}\approx\frac\pi{2S}$, so this is about $2\log S-0.9$. A chain of 1000 steps has 12.9 to share out, and one of 10 steps still 3.7. That makes 0.013 for each of the many steps, and 0.4 for each of the few. In this the slide is right.
 #
 # The last step, to $t_0 = 0$, is left out of the sum. There $\tilde\beta = 0$, and the gap is infinite *whatever* the number of steps.
 
@@ -252,15 +252,15 @@ right.set_title("where the true variance lies")
 made
 
 # %%
-claim("on average the true variance lies between the bounds, always", all(0 < v < 1 for S in numbers for v in place[S]))
+claim("the mean true variance lies between the bounds, at all steps", all(0 < v < 1 for S in numbers for v in place[S]))
 claim("with 10 steps the gap is more than 50 times that with 1000, at t = ½", gaps[10][5] > 50 * gaps[1000][500])
 moved = [abs(place_of(25, t) - place_of(1000, t)) for t in (0.12, 0.2, 0.4, 0.6, 0.8, 0.96)]
-claim("from t = 0.1 on v with 25 steps differs by less than 0.12 from v with 1000", max(moved) < 0.12)
+claim("t from 0.12 to 0.96: v with 25 steps differs by less than 0.12 from v with 1000", max(moved) < 0.12)
 
 # %% [markdown]
 # Left: with a tenth of the steps each has ten times the gap, about. Right: the true variance lies between the bounds, and *where* it lies moves little when steps are dropped, as long as the gap is small.
 #
-# But it is not the same place at all times. Where there is much noise it is nine tenths of the way to $\beta$; at $t = 0.12$, where the bumps part, about half way. Nearer to the data it rises to $\beta$: there $\mathrm{Var}(x_0\mid x_t)\approx\sigma_t^2$, for the noise is narrower than a bump, and nothing else hides $x_0$. With 1000 steps the place does not matter, for $\beta$ and $\tilde\beta$ are nearly one number. With 10 steps it does.
+# But it is not the same place at all times. Where there is much noise it is nine tenths of the way to $\beta$; at $t = 0.12$ about half way: there one can mostly tell which bump a point belongs to, and the noise is still about as wide as a bump. Nearer to the data it rises to $\beta$: there $\mathrm{Var}(x_0\mid x_t)\approx\sigma_t^2$, for the noise is narrower than a bump, and nothing else hides $x_0$. With 1000 steps the place does not matter, for $\beta$ and $\tilde\beta$ are nearly one number. With 10 steps it does.
 #
 # > **Two footnotes to the slides.** An earlier slide calls the range between the bounds *"extremely small when diffusion step is large"*. Large means *many* steps. And $\beta$ is an upper bound *on average over $x_t$, for a coordinate of variance at most 1*. Pointwise $\kappa$ may be far above 1: between two bumps the next state may go either way.
 
@@ -297,7 +297,7 @@ colors = {"β̃ + c² Var": style.EXACT}
 plots.curves(torch.tensor(tried), ends, "steps S", "variance drawn / variance", logx=True, colors=colors)
 
 # %% [markdown]
-# With $\tilde\beta$ ten steps lose 40 % of the variance; with $\beta$ they make 10 % too much. With the true variance even *five* steps are exact: for Gaussian data the true step is Gaussian, so its mean and variance are all there is to know.
+# With $\tilde\beta$ ten steps lose 40 % of the variance; with $\beta$ they make 10 % too much. (That is so for $V<1$. For $V>1$ the true variance lies above $\beta$, and both choices lose.) With the true variance even *five* steps are exact: for Gaussian data the true step is Gaussian, so its mean and variance are all there is to know.
 #
 # The last step has a part in this. With $\beta$ and with $\tilde\beta$ it draws nothing, as in all our samplers: the sample is $\hat x_0$, and $\mathrm{Var}(x_0\mid x_{t_1})$ is lost. That is why $\beta$ does less harm with five steps than with ten. For images the loss is small, as they have hardly any noise of their own. The true variance draws in the last step, too.
 #
@@ -354,7 +354,7 @@ claim("the best single number for each step leaves more than twice as much", num
 widgets.explore(few_steps, steps=([5, 10, 25, 50, 100], 10))
 
 # %% [markdown]
-# With ten steps $\beta$ makes the bumps too wide and fills the valleys between them. $\tilde\beta$ makes the bumps too narrow. A number between the two does little better, for the bumps and the valleys need different variances. The variance that *knows where it is* keeps the bumps apart, at their width. With five steps none of them does: so long a step is far from Gaussian.
+# With ten steps $\beta$ makes the bumps too wide and fills the valleys between them. $\tilde\beta$ makes the bumps too narrow. The best single number between the two does no better than $\tilde\beta$ here, for the bumps and the valleys need different variances. The variance that *knows where it is* keeps the bumps apart, at their width. With five steps none of them does: so long a step is far from Gaussian.
 #
 # A variance that depends on $x_t$ must come from somewhere. A network could learn it.
 #
@@ -368,7 +368,7 @@ widgets.explore(few_steps, steps=([5, 10, 25, 50, 100], 10))
 #
 # **Why not learn $\Sigma$ itself?** Its values span many powers of ten over $t$, while at each $t$ only a narrow range is reasonable: the slide's "infinitesimal range of reasonable values".
 #
-# **Why the log domain?** An exponential is positive whatever the network says. An error in $v$ is then an error by a *factor*, of the same size at both ends. With $\Sigma = v\beta+(1-v)\tilde\beta$ a $v$ slightly below 0 could mean a negative variance.
+# **Why the log domain?** An exponential is positive whatever the network says. An error in $v$ is then an error by a *factor*, of the same size at both ends. With $\Sigma = v\beta+(1-v)\tilde\beta$, where $\tilde\beta$ is far below $\beta$, a $v$ slightly below 0 would mean a negative variance.
 #
 # **One place where the formula has no value.** In the last step down, from $t = 1$ of the chain, $\tilde\beta_1 = 0$, for there is no noise at $t = 0$. So $\log\tilde\beta_1 = -\infty$, and the formula gives $\Sigma = 0$ for all $v<1$. A convention is needed. The paper's code takes $\tilde\beta_2$ for $\tilde\beta_1$. This course takes $\Sigma = \beta_1$, whatever $v$ is:
 
@@ -410,7 +410,7 @@ claim(
 # %% [markdown]
 # **The hybrid loss.** $L_{hybrid} = L_{simple}+\lambda L_{vlb}$, where $L_{vlb}$ is the bound of notebook 03 and $\lambda$ a small weight (in section 3 the letter is a clock). The mean shall learn from $L_{simple}$ alone, whose weights suit it (notebook 03, section 4.7). So in $L_{vlb}$ the mean is taken as a constant: its gradient is stopped. The slide says that the weighted loss "is used to train variance specifically". This is how.
 #
-# $L_{vlb}$ is a sum over $T$ steps. One step drawn at random therefore stands for $T$ of them, and gets the factor $\lambda T$. With the paper's $\lambda = 0.001$ and $T = 1000$ that is 1.
+# $L_{vlb}$ is a sum over $T$ steps. One step drawn at random therefore stands for $T$ of them, and gets the factor $\lambda T$. With the paper's $\lambda = 0.001$ and $T = 1000$ that is 1. Both losses are means over the pixels, and the bound is counted in bits: hence the division in the code's last line.
 
 # %%
 show_source(losses.hybrid)
@@ -486,7 +486,7 @@ plots.curves(x[:, 0], lines, "x_t", "variance of the step", colors=inks)
 # A network trained on 1000 steps is now run with 25. Three rules:
 #
 # - the guess $\hat x_0$ stays: it depends on $x_t$ and $t$, not on where the step goes;
-# - the *fraction* $v$ stays (by the claim in 1.2 the place of the true variance does not depend on the step; on the log scale nearly);
+# - the *fraction* $v$ stays. By the claim in 1.2 the place of the true variance does not depend on the step: exactly so on a plain scale, nearly so in logarithms, where the gap of the new step is small;
 # - $\beta$, $\tilde\beta$ and the factors in the mean are those of the *new* steps.
 #
 # > **Spot the bug.** A public library skipped steps and recomputed $\beta$ of the longer step for its fixed variance. But its learned variance read the upper end from the *training* table, `betas[t]`. With 25 steps of 1000: what is the variance then?
@@ -505,7 +505,7 @@ claim("the 'upper' bound lies far below the lower one", training_beta < lower / 
 
 # %%
 gap = torch.tensor([gaps[1000][500], gaps[25][12], gaps[25][-1]])  # log(β/β̃) at t = ½, and in the last but one step
-ratio = (gap / 2).cosh()  # (β + β̃)/2 over √(ββ̃): the worst case, v = ½
+ratio = (gap / 2).cosh()  # (β + β̃)/2 over √(ββ̃): v = ½, near the worst case
 claim("v = ½: the ratio of the two is cosh of half the gap, never below 1", ratio.min() >= 1)
 claim("1000 steps, t = ½: they differ by less than one in 100,000", ratio[0] - 1 < 1e-5)
 claim(
@@ -516,7 +516,22 @@ claim(
 # %% [markdown]
 # An arithmetic mean is never below a geometric one. With 1000 steps nobody sees the difference, and with 25 it changes most steps by a few per cent at most: a silent fault.
 #
-# Which rule is *better*? By 1.2 the true variance is the plain interpolation with a fixed $\kappa$, and where the gap is small $v$ and $\kappa$ are the same number. So for a long step the plain mean would not be foolish, if a network had been trained for it. This one was trained with the other, and where gaps are large, its $v$ means something else.
+# Which rule is *better*? By 1.2 the true variance is the plain interpolation, with a $\kappa$ that does not depend on the step. A network learns its $v$ on short steps. Their gaps are small, and there $v$ and $\kappa$ are the same number, whichever rule it was trained with. So on *long* steps the plain rule ought to be the more exact one, although it is the fault! We check it on the bumps: the best $v$ for steps of 1/1000, used in a step of 1/25.
+
+# %%
+own = torch.Generator().manual_seed(4)
+t = 0.12
+xt = path.perturb(line.sample(5000, own), t, torch.randn(5000, 1, generator=own, dtype=double))
+kappa = variance_of_x0(xt, t) / path.sigma(t) ** 2
+small, large = gaps[1000][880], gaps[25][22]  # log(β/β̃) of the steps that begin at t
+v = torch.log1p(kappa * small.expm1()) / small  # what there is to learn on the short step
+true, plain, logs = 1 + kappa * large.expm1(), 1 + v * large.expm1(), (v * large).exp()  # Σ/β̃ of the long one
+off = [(rule / true - 1).abs().mean() for rule in (plain, logs)]
+claim("the plain rule misses the true variance of the long step by less than 1 % on average", off[0] < 0.01)
+claim("the rule of the logarithms by more than 5 %", off[1] > 0.05)
+
+# %% [markdown]
+# So a fault may help, with an ideal $v$. Two things speak against relying on it. Right at the data even the training steps have large gaps, and there $v$ is not $\kappa$. And a network's $v$ may fall below 0, where the plain rule can give a negative variance.
 #
 # ### 1.6 On digits
 #
@@ -613,7 +628,7 @@ for share_of_noise in (0.0, 0.5, 1.0):
     )
 
 # %% [markdown]
-# > **What if one reads the slide's $\alpha_t$ as DDPM's $1-\beta_t$?** On the linear chain, take the largest fresh noise of the family, $\tilde\beta_t$. What stands under the root, and what is the factor of $x_0$?
+# > **What if one reads the slide's $\alpha_t$ as DDPM's $1-\beta_t$?** On the linear chain, take $\eta = 1$: fresh noise of variance $\tilde\beta_t$. What stands under the root, and what is the factor of $x_0$ in front?
 
 # %%
 chain = DiscretePath(linear_betas(1000))
@@ -644,7 +659,8 @@ claim(
 claim("and x_0 has the rest, α_s − keep α_t, in both", sympy.simplify(a_s - keep * a_t - pull) == 0)
 rho2 = (s_s**2 - fresh**2) / s_s**2
 no_x0 = sympy.Eq(rho2, (a_t * s_s / (a_s * s_t)) ** 2)  # α_t = σ_t ρ α_s / σ_s: the factor of x_0 is 0
-claim("x_0 drops out for ς² = β̃ only", sympy.simplify(sympy.solve(no_x0, fresh)[0] ** 2 - beta_tilde) == 0)
+(only,) = sympy.solve(no_x0, fresh)  # among positive ς
+claim("x_0 drops out for ς² = β̃ only", sympy.simplify(only**2 - beta_tilde) == 0)
 x0, xt, z = normal(50, 1), normal(50, 1), normal(50, 1)
 ddim, ddpm = (
     samplers.ddim_step(path, xt, x0, 0.6, 0.3, 1.0, z),
@@ -704,7 +720,7 @@ plots.rows(list(rows.values()), labels=[f"{S} steps" for S in rows])
 # %% [markdown]
 # One row of digits, drawn with more and more care. They agree in what is drawn and how, and differ in thickness and detail: the 7 gets its bar late. So they seem to tend to something as the steps get shorter. Section 2.3 says to what.
 #
-# > **Spot the bug.** A public library lets the user choose how times are spaced. For the step it computed the time it goes to as `prev = t - T // n`, for every spacing. Its issue tracker has this fault several times over. And its default spacing was "leading": with $T = 1000$ and $n = 5$ the network is asked at 801, 601, 401, 201 and 1. *Two faults, rows A and B below. What does each do to a digit, and why?*
+# > **Spot the bug.** A public library lets the user choose how times are spaced. For the step it computed the time it goes to as `prev = t - T // n`, for every spacing. Its issue tracker has this fault several times over. And its default spacing was "leading": with $T = 1000$ and $n = 5$ the network is asked at 801, 601, 401, 201 and 1. *Two faults, rows A and B below. What does each do to the digits, and why?*
 
 # %%
 T, n = 1000, 5
@@ -755,7 +771,7 @@ claim(
 #
 # $$\frac{x_s}{\alpha_s} = \hat x_0+\frac{\sigma_s}{\alpha_s}\hat\epsilon = \frac{x_t}{\alpha_t}+\Bigl(\frac{\sigma_s}{\alpha_s}-\frac{\sigma_t}{\alpha_t}\Bigr)\hat\epsilon.$$
 #
-# This is Euler's rule for $\dfrac{d(x/\alpha)}{d(\sigma/\alpha)} = \hat\epsilon$, and that is the probability-flow ODE of notebook 05, section 5.5, in the variables in which it is simplest. So DDIM with $\eta = 0$ is a **first-order solver of the ODE**. With more steps its samples tend to the ODE's, for the same noise: this is why the rows above agree.
+# This is Euler's rule for $\dfrac{d(x/\alpha)}{d(\sigma/\alpha)} = \hat\epsilon$, and that is the probability-flow ODE of notebook 05, section 5.5, in the variables in which it is simplest. So DDIM with $\eta = 0$ is a **first-order solver of the ODE**. (At $t = 1$ of our path $\alpha = 0$, and one may not divide by it. The step itself is in order there, too.) With more steps its samples tend to the ODE's, for the same noise: this is why the rows above agree.
 
 # %%
 xt, guess = normal(50, 1), normal(50, 1)
@@ -774,7 +790,7 @@ claim("a DDIM step is a step of Euler's rule in x/α over σ/α, to 1e-12", (mov
 #
 # $$x_s = \alpha_s\hat x_0+\sigma_s\hat\epsilon = (\alpha_s\alpha_t+\sigma_s\sigma_t)\,x_t = \cos\bigl(\tfrac\pi2(t-s)\bigr)\,x_t,$$
 #
-# on the cosine path. Every $x_t$ ought to be $\mathcal N(0,1)$, but each step shrinks it. With $S$ equal steps the deviation at the end is $\cos^S\frac\pi{2S}\approx1-\frac{\pi^2}{8S}$. **Why?** $\hat x_0$ and $\hat\epsilon$ are means, and a mean varies less than what it is the mean of: $\mathrm{Var}\,\hat x_0 = \alpha_t^2<1$. With $\eta = 0$ nothing makes up for the missing variance. Twice the steps halve the loss, as it must be with Euler's rule.
+# on the cosine path. Every $x_t$ ought to be $\mathcal N(0,1)$, but each step shrinks it. With $S$ equal steps the deviation at the end is $\cos^S\frac\pi{2S}\approx1-\frac{\pi^2}{8S}$. **Why?** $\hat x_0$ and $\hat\epsilon$ are means, and a mean varies less than what it is the mean of: $\mathrm{Var}\,\hat x_0 = \alpha_t^2$ and $\mathrm{Var}\,\hat\epsilon = \sigma_t^2$, where both should be 1. In return they are not independent, as $x_0$ and $\epsilon$ are: both are multiples of $x_t$. For $s\to t$ the one makes up for the other, and so the ODE itself is exact. A finite step falls short by $1-\cos\frac\pi2(t-s)$, which is of *second* order in its length. $S$ such steps lose something like $1/S$: twice the steps halve the loss, as it must be with Euler's rule.
 
 # %%
 theta, phi = sympy.symbols("theta phi")
@@ -831,9 +847,9 @@ claim("clean digits, without that little noise: the codes have a deviation below
 plots.rows([encoded, codes[80] / 3, decoded[20], decoded[80]], labels=["digit", "code", "20 steps", "80 steps"])
 
 # %% [markdown]
-# The codes show no digit (they are drawn at a third of their contrast), and yet all of it is in them. With 20 steps the 9 comes back as another 9: its way runs close to where ways part, and there a small error grows. So the error is of first order *once the steps are short enough*.
+# The codes show no digit (they are drawn at a third of their contrast), and yet all of it is in them. With 20 steps the 9 comes back as another 9: its way seems to run close to where ways part, and there a small error grows. So the error is of first order *once the steps are short enough*.
 #
-# A pitfall, in the last claim: a *clean* digit is not what the network expects at $t_{\min}$. It holds too little noise there, and the ODE, which only scales what it finds, makes too little noise of it. Such a code still decodes. But who changes it, or mixes it with another, starts from noise that the model hardly knows.
+# A pitfall, in the last claim: a *clean* digit is not what the network expects at $t_{\min}$. It holds too little noise there, and the ODE draws none of its own: what it can stretch stays too little. Such a code still decodes. But who changes it, or mixes it with another, starts from noise that the model hardly knows.
 #
 # ### 2.6 Between two images
 #
@@ -923,7 +939,7 @@ claim("x_s/α_s is x_t/α_t minus the integral of e^−λ ε̂, to 1e-6", (by_no
 #
 # One formula holds $\hat x_0$ constant, the other $\hat\epsilon$; on the true way neither is constant. **Both are DDIM.** One evaluation at $t$ gives $\hat x_0$ and $\hat\epsilon$, each from the other, and the two steps agree.
 #
-# Only from second order on there are two different solvers, DPM-Solver for $\hat\epsilon$ and DPM-Solver++ for $\hat x_0$. With guidance, and with clipping, it is $\hat x_0$ that stays in its range; we use that one.
+# Only from second order on there are two different solvers, DPM-Solver for $\hat\epsilon$ and DPM-Solver++ for $\hat x_0$. Guidance can push either of them too far. But images have a known range to which $\hat x_0$ can be clipped, and noise has none. We use $\hat x_0$.
 
 # %%
 lam_s, lam_t, h, A, D1 = sympy.symbols("lambda_s lambda_t h A D1", real=True)
@@ -946,10 +962,10 @@ claim("ε̂ held constant is DDIM", sympy.simplify((by_noise - ddim).subs(hop)) 
 #
 # There are two ways to find the guess in the middle:
 #
-# - **Multistep, 2M.** Draw the line through this guess and the *last* one, and extend it by half a step. With $h_{last}$ the length of the last step and $r = h_{last}/h$: $D = \hat x_0+\frac h2\cdot\frac{\hat x_0-\hat x_0^{last}}{h_{last}} = \bigl(1+\frac1{2r}\bigr)\hat x_0-\frac1{2r}\hat x_0^{last}$. It costs one evaluation a step. The first step has no past and is DDIM's.
-# - **Singlestep, 2S.** Go half a step by DDIM, ask there, and take that answer. Two evaluations a step, and no memory.
+# - **Multistep, 2M.** Draw the line through this guess and the *last* one, and extend it by half a step. With $h_{last}$ the length of the last step and $r = h_{last}/h$: $D = \hat x_0+\frac h2\cdot\frac{\hat x_0-\hat x_0^{last}}{h_{last}} = \bigl(1+\frac1{2r}\bigr)\hat x_0-\frac1{2r}\hat x_0^{last}$. It costs one evaluation a step. The first step has no past and is DDIM's; a single error of $O(h^2)$ does not spoil the order.
+# - **Singlestep, 2S.** Go half a step, in $\lambda$, by DDIM, ask there, and take that answer. Two evaluations a step, and no memory.
 #
-# In both the last step, to $t = 0$, is DDIM's, for there $h = \infty$.
+# In both the last step, to $t = 0$, is DDIM's, for there $h = \infty$. So is a first step from $\alpha = 0$.
 
 # %%
 U = sympy.symbols("u", real=True)
@@ -968,7 +984,7 @@ show_source(samplers.dpm_solver_pp_2m)
 #
 # ### 3.4 Orders, measured
 #
-# A claim of order is easy to test where the answer is known: halve the steps, and the error must fall by $2^p$. On the three bumps, in float64, from $\lambda = -2.5$ to $\lambda = 3$ with equal steps in $\lambda$; the reference is 2M with 4,000 steps. *Guess the four slopes. And then: which line lies lowest at equal evaluations?*
+# A claim of order is easy to test where the answer is known: halve the length of the steps, and once they are short the error must fall by $2^p$. On the three bumps, in float64, from $\lambda = -2.5$ to $\lambda = 3$ with equal steps in $\lambda$; the reference is 2M with 4,000 steps. *Guess the four slopes. And then: which line lies lowest at equal evaluations?*
 
 
 # %%
@@ -1055,7 +1071,7 @@ claim("without r the order falls to 1", all(abs(p - 1) < 0.15 for p in order_of(
 #
 # **Why.** In a step it puts $\frac{h_{last}}{2h}$ where $\frac h{2h_{last}}$ belongs, so the line is extended by $\frac{h_{last}^2}{2h}$ instead of $\frac h2$. Times the step's length $h$, the error is $\frac12(h_{last}^2-h^2)$ times the slope. Summed over steps this telescopes: what is left are the two ends, and the changes of the slope, which are small.
 #
-# So test the *step* itself, not the way's end. **If $\hat x_0$ changes along a line in $\lambda$, the extended guess is exact:** $D = \hat x_0(\lambda_{mid})$ with $\lambda_{mid} = \frac12(\lambda_t+\lambda_s)$, on any grid. That is one line of algebra, and no formula with a wrong $r$ obeys it.
+# So test the *step* itself, not the way's end. **If $\hat x_0$ changes along a line in $\lambda$, the extended guess is exact:** $D = \hat x_0(\lambda_{mid})$ with $\lambda_{mid} = \frac12(\lambda_t+\lambda_s)$, on any grid. That is one line of algebra, and where $h_{last}\ne h$ no formula with a wrong $r$ obeys it.
 
 # %%
 t_before, t, s = 0.7, 0.45, 0.4  # an irregular grid: h_last is far longer than h
@@ -1104,7 +1120,7 @@ for fault, order in ((False, 2), (True, 1)):
     claim(f"{'with the fault' if fault else 'right'}: order {order}", all(abs(p - order) < 0.15 for p in slopes))
 
 # %% [markdown]
-# It would: the order falls to 1. And with noise prediction that line was the identity in disguise. The code first made $\hat x_0 = x-\sigma\hat\epsilon$ with the wrong $\sigma$, and then divided $x-\hat x_0$ by the *same* wrong $\sigma$: what came out was $\hat\epsilon$, untouched. So test a sampler with more than one kind of prediction; a denoiser that *is* $\hat x_0$, as here, leaves nowhere to hide.
+# It would: the order falls to 1. And with noise prediction that line was the identity in disguise. In its variables, our $x/\alpha$ and $\sigma/\alpha$, the code first made $\hat x_0 = x-\sigma\hat\epsilon$ with the wrong $\sigma$, and then divided $x-\hat x_0$ by the *same* wrong $\sigma$: what came out was $\hat\epsilon$, untouched. So test a sampler with more than one kind of prediction; a denoiser that *is* $\hat x_0$, as here, leaves nowhere to hide.
 #
 # ### 3.6 Where to put the steps
 #
@@ -1128,8 +1144,18 @@ claim("equal in t: the longest of them is more than twice the shortest", inner[0
 near_data = [((0 < t) & (t < 0.15)).sum().item() for t in (by_time, by_lambda)]
 claim("between 0 and 0.15 lies 1 of the times equal in t, and 3 of those equal in λ", near_data == [1, 3])
 
+# %%
+z = torch.special.ndtri((torch.arange(400, dtype=double) + 0.5) / 400)[:, None]  # normal noise, evenly spread
+answer = samplers.last(samplers.dpm_solver_pp_2m(d, path, z, path.times(1000)))
+off = {}
+for S in (5, 20):
+    for clock, times in (("t", path.times(S)), ("λ", samplers.logsnr_times(path, S, start=0.99, end=0.02))):
+        off[S, clock] = (samplers.last(samplers.dpm_solver_pp_2m(d, path, z, times)) - answer).abs().mean()
+claim("2M on the bumps, 20 steps: equal in λ errs less than half as much", off[20, "λ"] < off[20, "t"] / 2)
+claim("with 5 steps it is equal in t that errs less than half as much", off[5, "t"] < off[5, "λ"] / 2)
+
 # %% [markdown]
-# Equal steps in $\lambda$ ask many questions near the data (small $t$) and near pure noise, few in between. (On the right the ends at $t = 0$ and $t = 1$ are missing: there $\lambda$ is infinite.) On the exact bumps, whose guess changes most where the bumps merge and part, this suits a second-order solver. For a network on images it depends: near the data there is little left to decide, and evaluations there may be better spent. Section 5 has both grids.
+# Equal steps in $\lambda$ ask many questions near the data (small $t$) and near pure noise, few in between. (On the right the ends at $t = 0$ and $t = 1$ are missing: there $\lambda$ is infinite.) On the exact bumps this suits 2M when there are many steps. When there are few, each is long in $\lambda$, also in the middle, where the bumps merge and part. (With 10 steps the two grids are even. Measured once: DDIM does better with equal $t$ in all three cases.) For a network on images it depends: near the data there is little left to decide, and evaluations there may be better spent. Section 5 has both grids.
 #
 # ## 4. All steps at once
 #
@@ -1145,7 +1171,7 @@ claim("between 0 and 0.15 lies 1 of the times equal in t, and 3 of those equal i
 #
 # $$X^{(k+1)}_{i+1} = \text{keep}_i\;X^{(k+1)}_i+\text{pull}_i\;\hat x_0\bigl(X^{(k)}_i, t_i\bigr)+\text{std}_i\;z_i.$$
 #
-# This is **Picard iteration**, known from the proof that ODEs have solutions; for diffusion models it was proposed under the name ParaDiGMS. All evaluations of a *round* are independent of each other: one batch.
+# This is **Picard iteration**, known from the proof that ODEs have solutions; for diffusion models it was proposed under the name ParaDiGMS. (There the whole step is taken from the old way. Here only the network's answer is old, and the linear part is walked anew, in the spirit of 3.1.) All evaluations of a *round* are independent of each other: one batch.
 #
 # **It always ends.** $X_0$ is known, so after one round $X_1$ is exact, after two rounds $X_2$, and so on: after $S$ rounds at the latest all is exact. In the worst case nothing is gained. How is it in practice?
 #
@@ -1312,7 +1338,7 @@ claim(
 claim("Heun is not: it is farther away", off["Heun"] > off["DDIM"])
 
 # %% [markdown]
-# With 10 evaluations Heun takes six steps where the others take ten, and so long a step does not yet keep what its order promises. (Measured once: with 20 evaluations Heun and 2S are nearer than DDIM, and 2M nearest.) 2M pays nothing for its order, so it can only gain.
+# With 10 evaluations Heun takes six steps where the others take ten, and so long a step does not yet keep what its order promises. (Measured once: with 20 evaluations Heun and 2S are nearer than DDIM, and 2M nearest.) 2M pays nothing for its order, so it is the one to try first.
 #
 # Two limits of this figure. It is about small images with a label, where little is left to decide. Larger images and strong guidance need more: the paper of DPM-Solver++ speaks of 15 to 20 steps. And seeds: with 1,000 digits the score itself moves by some hundredths.
 #
@@ -1347,7 +1373,7 @@ widgets.explore(drawn, sampler=(list(measures.FAST), "DPM-Solver++(2M)"), evalua
 #
 # | you have | use | because |
 # |---|---|---|
-# | 4 to 20 evaluations | DPM-Solver++(2M) | second order for the price of first order; it can only gain |
+# | 4 to 20 evaluations | DPM-Solver++(2M) | second order for the price of first order |
 # | 50 or more, and want it simple | DDIM, $\eta = 0$ | nothing to tune; near enough to the ODE (on our digits from 10 on) |
 # | strong guidance, few steps | DPM-Solver++ on $\hat x_0$, with clipping | $\hat x_0$ stays in its range, $\hat\epsilon$ need not; a guided step counts two evaluations |
 # | no past to lean on (adaptive steps, a change on the way) | DPM-Solver++(2S) or Heun, 20 evaluations and more | each step stands alone; it costs two |
@@ -1360,10 +1386,10 @@ widgets.explore(drawn, sampler=(list(measures.FAST), "DPM-Solver++(2M)"), evalua
 # ## 6. Recap
 #
 # - Count evaluations. A guided step counts two, and so does a step of Heun or 2S.
-# - To skip steps *is* possible: with $\beta$ and $\tilde\beta$ of the longer steps. The gap between them grows, for all gaps of a chain have one sum, and few steps share it.
+# - To skip steps *is* possible: with $\beta$ and $\tilde\beta$ of the longer steps. The gap between them grows, for their sum grows only like $2\log S$ on our path, and few steps share it.
 # - The variance of a true step is $\tilde\beta+c^2\,\mathrm{Var}(x_0\mid x_t)$. On a path with $\alpha^2+\sigma^2 = 1$ it divides the gap in a ratio that does not depend on the step.
 # - Improved DDPM learns where between the bounds the variance lies, by a term of the bound whose gradient does not reach the mean.
-# - Training knows marginals only. DDIM chooses another process with the same ones, given the true $x_0$. With the guess in its place it is Euler's rule for the probability-flow ODE, and errs like $1/S$.
+# - Training knows marginals only. DDIM chooses another process with the same ones, given the true $x_0$. With the guess in its place and $\eta = 0$ it is Euler's rule for the probability-flow ODE, and errs like $1/S$.
 # - In $\lambda$, half the log-SNR, the ODE's linear part is solved exactly. What is left to approximate is $\hat x_0$: constant, it is DDIM; along a line, DPM-Solver++ of second order.
 # - A solver has an order *and* obeys identities in each single step. A test of these finds faults that a test of the order lets through.
 # - A chain, even a random one, is a fixed point. Picard iteration trades evaluations for waiting.
