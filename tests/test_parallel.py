@@ -180,16 +180,14 @@ def test_how_much_it_moved_is_of_the_sample_that_moved_most():
         [len(list(picard(denoiser, Cosine(), x, times, tol=tol))) for tol in tols] for x in (still, moving, partly)
     ]
     lone = torch.ones(1, 1, dtype=torch.float64)
-    a_quarter = [len(typed_rounds("Cosine", lone, times, None, 4 * tol, denoiser=denoiser)) for tol in tols]
-    assert counts[0] == [1, 1, 1]
+    whole, a_quarter = (
+        [len(typed_rounds("Cosine", lone, times, None, factor * tol, denoiser=denoiser)) for tol in tols]
+        for factor in (1, 4)
+    )
+    assert counts[0] == [1, 1, 1] and counts[1] == whole == [3, 4, 4]
     assert (
         len(list(picard(denoiser, Cosine(), still, times, tol=0))) == 1
-    )  # not to move at all is enough for no tolerance
-    assert (
-        counts[1]
-        == [len(typed_rounds("Cosine", lone, times, None, tol, denoiser=denoiser)) for tol in tols]
-        == [3, 4, 4]
-    )
+    )  # what does not move at all needs no tolerance
     assert counts[2] == a_quarter == [1, 3, 4]  # one value of 16 counts by the root of a sixteenth
 
 
