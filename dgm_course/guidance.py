@@ -30,6 +30,7 @@ def classifier_free(cond: Callable, uncond: Callable, scale: Scale) -> Callable:
         A denoiser. Clip it, if at all, on its outside.
 
     Raises:
+        TypeError: If `scale` is none of these.
         ValueError: On a call, if `scale` has another shape.
 
     Source:
@@ -40,6 +41,8 @@ def classifier_free(cond: Callable, uncond: Callable, scale: Scale) -> Callable:
         >>> d(torch.zeros(1), 0.5).item()
         3.0
     """
+    if not (callable(scale) or isinstance(scale, (int, float, Tensor))):
+        raise TypeError(f"scale must be a number, a tensor or a function of t; got {type(scale).__name__}")
 
     def guided(xt: Tensor, t: Time) -> Tensor:
         w = scale(t) if callable(scale) else scale
