@@ -9,7 +9,7 @@ from dgm_course.paths.base import GaussianPath, Time, expand
 
 __all__ = ["classifier", "classifier_free", "interval"]
 
-Scale = float | Tensor | Callable[[Time], float]
+Scale = float | Tensor | Callable[[Time], float | Tensor]
 
 
 def classifier_free(cond: Callable, uncond: Callable, scale: Scale) -> Callable:
@@ -57,7 +57,7 @@ def classifier_free(cond: Callable, uncond: Callable, scale: Scale) -> Callable:
     return guided
 
 
-def interval(scale: float, low: float, high: float) -> Callable[[float], float]:
+def interval(scale: float, low: float, high: float) -> Callable[[Time], Time]:
     """A weight for times from `low` to `high` only; outside it is 1, the plain conditional model, at one evaluation a step.
 
     Arguments:
@@ -76,7 +76,13 @@ def interval(scale: float, low: float, high: float) -> Callable[[float], float]:
     """
     if not low < high:
         raise ValueError(f"low must be less than high; got {low} and {high}")
-    return lambda t: scale if low <= t <= high else 1.0
+
+    def weight(t: Time) -> Time:
+        if isinstance(t, Tensor) and t.ndim:
+            return torch.where((low <= t) & (t <= high), scale, 1.0)
+        return scale if low <= t <= high else 1.0
+
+    return weight
 
 
 def classifier(

@@ -475,3 +475,17 @@ def test_guided_samples_are_not_the_sharpened_data():
         mean = (law * x0).sum()
         std = (law * (x0 - mean) ** 2).sum().sqrt()
         assert agree == (abs(out.mean() - mean) < 0.01) == (abs(out.std() - std) < 0.01), (w, out.mean(), mean)
+
+
+def test_interval_takes_a_time_for_each_sample():
+    """As where all steps are asked at once: each sample has the weight of its own time."""
+    t = torch.tensor([0.1, 0.2, 0.5, 0.8, 0.9], dtype=torch.float64)
+    assert interval(3.0, 0.2, 0.8)(t).tolist() == [1.0, 3.0, 3.0, 3.0, 1.0]
+    d = classifier_free(lambda x, t: 0 * x + 1, lambda x, t: 0 * x, interval(3.0, 0.2, 0.8))
+    assert d(torch.zeros(5, 2), t)[:, 0].tolist() == [1.0, 3.0, 3.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize("scale", ["3", None, [1.0]])
+def test_a_scale_of_another_kind(scale):
+    with pytest.raises(TypeError, match="^scale must be a number, a tensor or a function of t; got"):
+        classifier_free(lambda x, t: x, lambda x, t: x, scale)

@@ -39,7 +39,8 @@ def picard(
         x: The first state, at times[0], shape (B, …).
         times: Strictly descending, shape (N + 1,).
         window: W, the steps in a round; all N if not given. The window moves on over states that are done.
-        tol: A state is done when a round has moved it by at most so much, root mean square over the values of the sample that moved most.
+        tol: A state is done when a round has moved it, and those before it, by at most so much: root mean square over the values of
+            the sample that moved most.
         eta: DDIM's share of fresh noise. All of it is drawn first, in the order of the steps.
         generator: Source of the noise.
 
@@ -89,7 +90,9 @@ def _rounds(denoiser, x, table, window, tol, generator):
         if not all(m < float("inf") for m in moved):
             raise FloatingPointError(f"a state is not finite in round {number}, between t = {t[0]:g} and {t[-1]:g}")
         way[ahead.stop + 1 :] = [new] * (len(table) - ahead.stop)  # what lies beyond starts from the last state
-        done += 1  # the first state is exact; those after it count while they have hardly moved
-        while done < ahead.stop and moved[done - ahead.start] <= tol:
+        done += (
+            1  # the first state is exact; those after it were asked at old places, and count while no place has moved
+        )
+        while done < ahead.stop and max(moved[: done - ahead.start + 1]) <= tol:
             done += 1
         yield new.clone()
