@@ -32,7 +32,7 @@
 # | 6 | `sample_linear` | 4 | ●●●●○ | 30 |
 # | | | **20** | | **135** |
 #
-# **Symbols** are those of the lecture and of the README's [symbol ledger](../README.md#symbols): $t = 0$ is data, $x_t = \alpha x_0+\sigma\epsilon$ with $\alpha = \sqrt{\bar\alpha_t}$ and $\sigma = \sqrt{1-\bar\alpha_t}$. Where two times are about, their coefficients are $\alpha_t, \sigma_t$ and $\alpha_s, \sigma_s$. New symbols are said where they first stand. You need pen and paper for all six.
+# **Symbols** are those of the lecture and of the README's [symbol ledger](../README.md#symbols): $t = 0$ is data, $x_t = \alpha x_0+\sigma\epsilon$ with $\alpha = \sqrt{\bar\alpha_t}$ and $\sigma = \sqrt{1-\bar\alpha_t}$. Where a formula has two times, their coefficients are $\alpha_t, \sigma_t$ and $\alpha_s, \sigma_s$. New symbols are said where they first stand. You need pen and paper for all six.
 
 # %% [markdown]
 # ## How it works
@@ -237,7 +237,7 @@ def ddim(denoiser, start, times):
 # %% [markdown]
 # ## 1. Two wishes at once (3 points)
 #
-# ●●○○○ · 15 minutes · read again: sections 1.1, 2.1 and 2.2 of notebook 06
+# ●●○○○ · 15 minutes · read again: sections 1.1 and 2.1 to 2.3 of notebook 06
 #
 # The slides guide by one condition $y$. Often there are two. Suppose that the network knows the first, $y_1$, because it was trained with labels and without, and that a classifier of noisy images knows the second, $y_2$. If the two are independent given $x_t$, Bayes says of both at once
 #
@@ -252,7 +252,7 @@ def ddim(denoiser, start, times):
 # - `v`, `v_class`: the network's $v$ without a condition and with $y_1$; `gradient`: $\nabla\log p_t(y_2\mid x)$ at $x_t$. All are (B, …), float32 or float64.
 # - `alpha_bar`: float64, (B,), the number $\bar\alpha$ of each sample, from 0 to 1, **both included**. `w`, `scale`: Python floats.
 # - Returns the guided $v$, (B, …), in the dtype of `v`.
-# - At $\bar\alpha = 0$ a sample is pure noise and says nothing about $y_2$: there the push by the gradient is left out, whatever `gradient` holds.
+# - At $\bar\alpha = 0$ a sample is pure noise and says nothing about $y_2$: there the push by the gradient is left out, even if `gradient` is not 0.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -301,7 +301,7 @@ if hw.check(guided_v):
 # %% [markdown]
 # **What to see.** Above, the data are *free*: whether a point is right says nothing about whether it is at the top. The plain Bayes, $w = 0$ and scale 1, gives the corner, in its place and of its size. Stronger pushes make it narrower and move it outwards. Below, the data are *tied*: right is nearly always bottom, and the corner that was asked for holds one point in a hundred. Now many samples end on the way there, between the two large clouds, where there are no data; and stronger pushes do not bring them home.
 #
-# **Question.** In the data at $t = 0$, the tied mixture too: where $x_0$ lies says, nearly always without doubt, whether it is right and whether it is top. So $p(y_1, y_2\mid x_0) = p(y_1\mid x_0)\,p(y_2\mid x_0)$ up to very little. Why does the formula fail all the same?
+# **Question.** At $t = 0$ a look at $x_0$ tells, nearly always without doubt, whether it is right and whether it is at the top. This holds for the tied mixture, too. So there $p(y_1, y_2\mid x_0) = p(y_1\mid x_0)\,p(y_2\mid x_0)$ up to very little. Why does the formula fail all the same for the tied mixture, and not for the free one?
 #
 # <!-- BEGIN SOLUTION -->
 # It is used at each $t$, and needs $y_1$ and $y_2$ to be independent given $x_t$. At large $t$ the state $x_t$ says little, so $p_t(y_1, y_2\mid x_t)$ is near $p(y_1, y_2)$, which is 0.01 for the corner, while the product $p(y_1)\,p(y_2)$ is 0.25. The sum of the two pushes then leads to the middle of all that is right *or* top. Later, when $x_t$ says more, the corner is far away, and the two pushes balance each other on the way there. For the free data the two coordinates are independent at $t = 0$, and the noise keeps them so: the formula holds at every $t$.
@@ -318,7 +318,7 @@ if hw.check(guided_v):
 #
 # The probability of *one of several* classes is not a product, and its logarithm is no sum of logarithms.
 #
-# What does the push do to a step of Algorithm 2? Put $w\gamma$ into the score. This moves $\hat x_0$, and $\hat x_0$ stands in the mean of $q(x_s\mid x_t, x_0 = \hat x_0)$ with a factor. Follow it to the mean: with the exact gradient and $w = 1$, the guided mean is then exactly that of the model that knows $S$, for a step of any length. The variance of the step is left as it is.
+# What does the push do to a step of Algorithm 2? Put $w\gamma$ into the score. This moves $\hat x_0$, and $\hat x_0$ stands in the mean of $q(x_s\mid x_t, x_0 = \hat x_0)$ with a factor. Follow it to the mean. If $\hat x_0$ and $\gamma$ are exact and $w = 1$, the guided mean is then exactly that of the model that knows $S$, for a step of any length from $\bar\alpha_t>0$. The variance of the step is left as it is.
 #
 # **Write** `classifier_step(classifier, x, x0, wanted, s, t, alpha_bars, scale, noise)`, one guided step from $t$ to $s$.
 #
@@ -400,7 +400,7 @@ if hw.check(classifier_step):
 #
 # **Write** `guided_moments(m, V, m_y, V_y, w, alpha_bars, times, eta)`, which gives the mean and the variance of the last state, and those of the sharpened density.
 #
-# - `m`, `V`, `m_y`, `V_y`: Python floats, V > 0, V_y > 0. `w`: weights, float64 (W,); each of them is a case of its own, and for each the sharpened density exists. `alpha_bars`: (T + 1,); $\bar\alpha = 0$ is allowed at the first time. `times`: int64 (N + 1,), descending, N ≥ 1; they need not end at 0. `eta`: a Python float from 0 to 1, both included.
+# - `m`, `V`, `m_y`, `V_y`: Python floats, 0 < V_y < V: a class is part of the data, so it cannot be wider. `w`: weights, float64 (W,); each of them is a case of its own, and for each the sharpened density exists. `alpha_bars`: (T + 1,); $\bar\alpha = 0$ is allowed at the first time. `times`: int64 (N + 1,), descending, N ≥ 1; they need not end at 0. `eta`: a Python float from 0 to 1, both included.
 # - Returns `(mean, var, sharp_mean, sharp_var)`, each float64 (W,): of the last state, and of the density $\propto p(x)\,p(y\mid x)^w$ of the data.
 #
 # <details><summary>Hint 1</summary>
@@ -464,15 +464,15 @@ if hw.check(guided_moments):
 # **Question.** (a) Why do $\eta = 0$ and $\eta = 1$ agree for $w = 1$, and not for $w = 2$? Homework 4 split a short step with $\eta>0$ into one of the ODE and one of Langevin dynamics. What does each of the two parts do to the density $\tilde p_t\propto p_t(x)\,p_t(y\mid x)^w$? (b) How could the sharpened density be sampled after all, with the same guided score?
 #
 # <!-- BEGIN SOLUTION -->
-# (a) Langevin dynamics at time $t$ leaves the density unchanged whose score it is given, and that is $\tilde p_t$, for every $w$. The ODE carries a density to the next time. For $w = 1$ it carries $p_t(x\mid y)$ to $p_s(x\mid y)$, the Langevin part then finds what it wants to find, and changes nothing: all $\eta$ agree. For $w = 2$ the ODE does not carry $\tilde p_t$ to $\tilde p_s$, since $\tilde p_t$ is not a density with the noise of time $t$ added. Here it makes the cloud too narrow. The Langevin part pulls it back towards $\tilde p_s$, as far as one short step can. So the result lies between the ODE's and $\tilde p_0$, and depends on how much of the second part there is. (b) By more Langevin dynamics: many corrector steps at each time, or at the last ones. At a fixed small $t$, with short steps, it has $\tilde p_t$ as its equilibrium whatever came before, and $\tilde p_t$ tends to $\tilde p_0$. For images this takes many evaluations, and modes that lie apart do not mix.
+# (a) Langevin dynamics at time $t$ leaves the density unchanged whose score it is given, and that is $\tilde p_t$, for every $w$. The ODE carries a density to the next time. For $w = 1$ it carries $p_t(x\mid y)$ to $p_s(x\mid y)$, the Langevin part then finds what it wants to find, and changes nothing: all $\eta$ agree. For $w = 2$ the ODE does not carry $\tilde p_t$ to $\tilde p_s$, since $\tilde p_t$ is not $\tilde p_s$ with more noise. Here it makes the cloud too narrow. The Langevin part pulls it back towards $\tilde p_s$, as far as one short step can. So the result lies between the ODE's and $\tilde p_0$, and depends on how much of the second part there is. (b) By more Langevin dynamics: many corrector steps at each time, or at the last ones. At a fixed small $t$, with short steps, it has $\tilde p_t$ as its equilibrium whatever came before, and $\tilde p_t$ tends to $\tilde p_0$. For images this takes many evaluations, and modes that lie apart do not mix.
 # <!-- END SOLUTION -->
 
 # %% [markdown]
 # ## 4. The variance that a step should have (3 points)
 #
-# ●●●○○ · 20 minutes · read again: sections 1.4 and 1.5 of notebook 07
+# ●●●○○ · 20 minutes · read again: sections 1.2, 1.4 and 1.5 of notebook 07
 #
-# May one drop steps with a fixed variance? "No", the slide text reads, since the two bounds $\tilde\beta$ and $\beta$ move apart. One may, if both are made anew for each leap; but then the choice between them matters. Notebook 07 found the best one, which makes the bound's term smallest on average:
+# May one drop steps with a fixed variance? "No", the slide text reads, since the two bounds $\tilde\beta$ and $\beta$ move apart. One may, if both are worked out anew for each longer step; but then the choice between them matters. Notebook 07 found the best variance, which makes the bound's term smallest. As one number for all $x_t$ it is
 #
 # $$\Sigma^* = \tilde\beta+c^2E,\qquad E = \mathbb E(x_0-\hat x_0)^2\ \text{of a coordinate},$$
 #
@@ -539,7 +539,7 @@ if hw.check(best_variance):
     plots.rows(drawn, labels=["β", "β̃", "best"], title="20 steps")
 
 # %% [markdown]
-# **What to see.** The step to the data is left out of the first two figures: there $\Sigma^*$ is $E$ itself. Above: the digit model's best $v$ lies near the lower choice, between 0.05 and 0.4, and is largest at both ends. The number of steps changes it near the data only. The middle: $\beta$ costs more than half a bit per pixel, however many steps there are. $\tilde\beta$ costs a few hundredths with 20 steps. With more steps it is more, because more of them lie close to the data, where the two bounds are far apart in any list. Below: $\beta$ leaves grain; between the other two the eye sees no difference.
+# **What to see.** The step to the data is left out of the first two figures: there $\tilde\beta$ is 0, so that $v$ is a convention and the cost of $\tilde\beta$ is infinite. Above: the digit model's best $v$ lies near the lower choice, between 0.05 and 0.4, and is largest at both ends. The number of steps changes it near the data only. The middle: $\beta$ costs more than half a bit per pixel, however many steps there are. $\tilde\beta$ costs a few hundredths with 20 steps. With more steps it is more, because more of them lie close to the data, where the two bounds are far apart in any list. Below: $\beta$ leaves grain; between the other two the eye sees no difference.
 #
 # **Question.** (a) For data $\mathcal N(0, V)$ and the exact denoiser, which $V$ has $v = 1$ in all steps? Which limit of $V$ has $v = 0$ in all but the last? In what sense, then, are $\beta$ and $\tilde\beta$ an upper and a lower bound? (b) Your $\Sigma^*$ is one number for all pixels and all images. A network says a $v$ for each pixel of each image. Why can that only cost fewer bits, if it is good?
 #
@@ -567,7 +567,7 @@ if hw.check(best_variance):
 #
 # <details><summary>Hint</summary>
 #
-# Write $a = \alpha_t/\alpha_s$. The noise gets the factor $\sigma_t-a\sigma_s$. Nothing has to be divided by $\sigma_s$, so the data are no special case.
+# Multiply by $a = \alpha_t/\alpha_s$ first, and collect all that multiplies $\hat\epsilon$. A test on paper: with the true noise in the place of $\hat\epsilon$, $x_s = \alpha_sx_0+\sigma_s\epsilon$ must become $\alpha_tx_0+\sigma_t\epsilon$. Nothing has to be divided by $\sigma_s$, so the data are no special case.
 #
 # </details>
 
@@ -613,10 +613,10 @@ if hw.check(exact_inversion):
 # %% [markdown]
 # **What to see.** Twenty steps up, twenty down. Each round takes away a good part of the error, and what is left after eight is hardly to be seen, even enlarged. The usual inversion asks about $x_s$ at time $s$, once in a step; its error only falls with the length of the steps. (Its code is no worse as noise. It is the code of a slightly different image.)
 #
-# **Question.** Take data $\mathcal N(0, V)$, for which $\hat\epsilon = \sigma_tx_t/(\alpha_t^2V+\sigma_t^2)$. (a) By which factor does a round multiply the error of the guess? Show that it is below 1 for every step with $\sigma_s>0$. (b) The same equation can be solved in terms of $\hat x_0$: $x_t\leftarrow\frac{\sigma_t}{\sigma_s}\bigl(x_s-\alpha_s\hat x_0\bigr)+\alpha_t\hat x_0$. What is the factor now, for large $V$, and when do the rounds run away?
+# **Question.** Take data $\mathcal N(0, V)$, for which $\hat\epsilon = \sigma_tx_t/(\alpha_t^2V+\sigma_t^2)$. (a) By which factor does a round multiply the error of the guess? Show that it lies between 0 and 1 for every step up and every $V>0$, from the data too. Why do short steps need few rounds? (b) The same equation can be solved in terms of $\hat x_0$: $x_t\leftarrow\frac{\sigma_t}{\sigma_s}\bigl(x_s-\alpha_s\hat x_0\bigr)+\alpha_t\hat x_0$. What is the factor now, for the same data with large $V$, and when do the rounds run away?
 #
 # <!-- BEGIN SOLUTION -->
-# (a) The guess enters through $\hat\epsilon$ alone, so the factor is $(\sigma_t-a\sigma_s)\,\sigma_t/(\alpha_t^2V+\sigma_t^2)\le1-a\sigma_s/\sigma_t<1$. Short steps have $a\sigma_s\approx\sigma_t$ and converge at once. (b) Here $\hat x_0 = \alpha_tVx_t/(\alpha_t^2V+\sigma_t^2)$, which tends to $x_t/\alpha_t$ for large $V$, and it has the factor $\alpha_t-\alpha_s\sigma_t/\sigma_s$. So an error is multiplied by $1-\alpha_s\sigma_t/(\alpha_t\sigma_s)$, whose size is above 1 as soon as the ratio of noise to signal more than doubles in a step. The equation is the same, and so is its solution; but one way to write it is a contraction and the other is not. (For a network neither is guaranteed. But if it is near to what it learnt, the first has the better chances.)
+# (a) The guess enters through $\hat\epsilon$ alone, so with $a = \alpha_t/\alpha_s$ the factor is $(\sigma_t-a\sigma_s)\,\sigma_t/(\alpha_t^2V+\sigma_t^2)$. It is above 0, because $\sigma/\alpha$ grows on the way up. And it is at most $\sigma_t^2/(\alpha_t^2V+\sigma_t^2)<1$. It is also below $1-a\sigma_s/\sigma_t$, whatever $V$ is: short steps with $\sigma_s>0$ have $a\sigma_s\approx\sigma_t$ and converge at once. (b) Here $\hat x_0 = \alpha_tVx_t/(\alpha_t^2V+\sigma_t^2)$, which tends to $x_t/\alpha_t$ for large $V$, and it has the factor $\alpha_t-\alpha_s\sigma_t/\sigma_s$. So an error is multiplied by $1-\alpha_s\sigma_t/(\alpha_t\sigma_s)$, whose size is above 1 as soon as the ratio of noise to signal more than doubles in a step. The equation is the same, and so is its solution; but one way to write it is a contraction and the other is not. (For a network neither is guaranteed. But if it is near to what it learnt, the first has the better chances.)
 # <!-- END SOLUTION -->
 
 # %% [markdown]
@@ -634,18 +634,18 @@ if hw.check(exact_inversion):
 #
 # - `eps_model`: a function of samples (B, …) and a time, a Python int, that returns $\hat\epsilon$, (B, …). It is asked once in each step, at the $t$ where the step begins.
 # - `x`: the first state, (B, …), at `times[0]`, float32 or float64. `times`: int64 (N + 1,), descending, N ≥ 1, with steps of different lengths. `alpha_bars`: (T + 1,), above 0 at all times of the list.
-# - The first step knows one noise only: hold it constant. So does a step to $\bar\alpha_s = 1$, where $\lambda_s = \infty$: there the last state is $\hat x_0$.
+# - The first step knows one noise only: hold it constant. Hold the noise constant, too, in a step to $\bar\alpha_s = 1$, where $\lambda_s = \infty$: what comes out there is $\hat x_0$.
 # - Returns the last state, (B, …), in the dtype of `x`.
 #
 # <details><summary>Hint 1</summary>
 #
-# With $h = \lambda_s-\lambda_t$, and $h_-$ for the step before, the line is $\hat\epsilon_t+(\lambda-\lambda_t)\,(\hat\epsilon_t-\hat\epsilon_-)/h_-$. Two integrals are needed: of $e^{-\lambda}$, and of $e^{-\lambda}(\lambda-\lambda_t)$.
+# With $h = \lambda_s-\lambda_t$, and $h_-$ and $\hat\epsilon_-$ for the length and the noise of the step before, the line is $\hat\epsilon_t+(\lambda-\lambda_t)\,(\hat\epsilon_t-\hat\epsilon_-)/h_-$. Two integrals are needed: of $e^{-\lambda}$, and of $e^{-\lambda}(\lambda-\lambda_t)$.
 #
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# Integrate by parts, multiply by $\alpha_s$, and use $\alpha_s e^{-\lambda_s} = \sigma_s$: the noises get the factors $\sigma_s(e^h-1)$ and $\sigma_s(e^h-1-h)$, the second one with the slope. `math.expm1(h)` is $e^h-1$. A test on paper: for small $h$ the second is $\frac12\sigma_s h^2$.
+# Integrate the second by parts, multiply both by $\alpha_s$, and use $\alpha_s e^{-\lambda_s} = \sigma_s$, so $\alpha_s e^{-\lambda_t} = \sigma_s e^h$. The first becomes $\sigma_s(e^h-1)$, the factor of $\hat\epsilon$ in DDIM's step; `math.expm1(h)` is $e^h-1$. The second is the factor of the slope. A test on paper: for small $h$ it must be $\frac12\sigma_s h^2$.
 #
 # </details>
 
@@ -699,7 +699,7 @@ if hw.check(sample_linear):
 # %% [markdown]
 # **What to see.** Above: the error against the exact solution on a mixture. DDIM's line falls by 2 for twice the evaluations, the other two fall by 4. Below: digits in 10 evaluations from the same noise, where many steps lead, and how far the two are from that.
 #
-# **Question.** (a) Let $h\to\infty$ in your formula. It has a finite limit: which one? Along how much of the line is $\hat\epsilon$ followed, on average with the weight $e^{-\lambda}$? Why does the exercise ask for $\hat x_0$ in that step all the same? (b) At the first times $\alpha$ is 0.01 or less. What becomes of $\hat x_0 = (x-\sigma\hat\epsilon)/\alpha$ if the line misses $\hat\epsilon$ by a little? Why do solvers for strong guidance extrapolate $\hat x_0$ and not $\hat\epsilon$?
+# **Question.** (a) Let $\lambda_s\to\infty$ in your formula, as in a step to the data. It has a finite limit: which one? How far beyond $\lambda_t$ along the line is $\hat\epsilon$ taken, on average with the weight $e^{-\lambda}$? Why does the exercise ask for $\hat x_0$ in that step all the same? (b) At the first times $\alpha$ is 0.01 or less. What becomes of $\hat x_0 = (x-\sigma\hat\epsilon)/\alpha$ if the line misses $\hat\epsilon$ by a little? Why do solvers for strong guidance extrapolate $\hat x_0$ and not $\hat\epsilon$?
 #
 # <!-- BEGIN SOLUTION -->
 # (a) $\sigma_s(e^h-1-h)$ tends to $\alpha_s e^{-\lambda_t} = \sigma_t/\alpha_t$ with $\alpha_s = 1$, as does $\sigma_s(e^h-1)$. So the last state would be $\bigl(x-\sigma_t(\hat\epsilon_t+\text{slope})\bigr)/\alpha_t$: the noise one unit of $\lambda$ further along the line, for 1 is the mean of $\lambda-\lambda_t$ under the weight $e^{-\lambda}$. If the steps before are about that long, this is no bolder than the others. If they are short, two noises close together are asked for a value far away, and however short the steps become, that distance stays. Holding $\hat\epsilon$ constant errs there, too, but it follows no slope that may be wrong. (On the mixture of the figure, followed down to the data with equal steps in $t$, the limit is the better choice with 20 steps and the worse one with 50 and more.) (b) The error of $\hat\epsilon$ is multiplied by $\sigma/\alpha$, a hundred times or more. Guidance makes $\hat\epsilon$ change faster in $\lambda$, and the line misses by more. $\hat x_0$ behaves better: near the noise it hardly changes, a line through it misses by little, and nothing is divided by $\alpha$. It also has a known range and can be clipped.
@@ -708,9 +708,9 @@ if hw.check(sample_linear):
 # %% [markdown]
 # ## Recap
 #
-# - If the score is pushed by $\gamma$, then $\epsilon$ moves by $-\sigma\gamma$, $\hat x_0$ by $(\sigma^2/\alpha)\,\gamma$ and $v$ by $-(\sigma/\alpha)\,\gamma$. Predictions mixed with factors that sum to 1 need no such care.
+# - If the score is pushed by $\gamma$, then $\epsilon$ moves by $-\sigma\gamma$ and $\hat x_0$ by $(\sigma^2/\alpha)\,\gamma$, because $x_t$ stays; $v$ and the mean of a step move with them. Predictions mixed with factors that sum to 1 need no such care.
 # - Two conditions may be added if they are independent given $x_t$, at every $t$. One of several classes is a sum of probabilities, inside the logarithm.
-# - Guidance with $w\ne1$ has no density of its own: what it samples depends on the sampler, and for Gaussians it can be worked out.
+# - Guidance with a $w$ other than 0 and 1 has no density of its own: what it samples depends on the sampler, and for Gaussians it can be worked out.
 # - The best variance of a step is $\tilde\beta$ plus what the error of $\hat x_0$ adds. On average it lies between $\tilde\beta$ and $\beta$, for a coordinate of variance up to 1 and a good denoiser.
 # - DDIM without noise is a map. A fixed-point iteration undoes it, if it is written so that it contracts.
 # - An exponential integrator approximates the network's output and nothing else. What is done with the approximation can be exact.

@@ -985,6 +985,7 @@ for ax, what in zip(axes, ("classified as asked", "Fréchet distance", "precisio
         {name: y for name, (_, y) in found.items()},
         "weight w",
         what,
+        logy=what == "Fréchet distance",
         ax=ax,
     )
 made
@@ -1018,6 +1019,14 @@ for kind in all_tables:
         nearer and inside["recall"] > everywhere["recall"],
     )
     claim("  19 evaluations in place of 24", (inside["evaluations"], everywhere["evaluations"]) == (19, 24))
+    twice = [mean_at(kind, what, 2, "interval") for what in ("Fréchet distance", "classified as asked")]
+    plain = [mean_at(kind, what, 1) for what in ("Fréchet distance", "classified as asked")]
+    claim(
+        "  w = 2 in the interval: no larger a distance than w = 1, and more as asked",
+        twice[0] <= plain[0] and twice[1] > plain[1],
+    )
+
+# %%
 accuracy = checkpoints.load("fashion-classifier").card["scores"]["accuracy on the test set"]
 claim(
     "Fashion, w = 5: classified as asked more often than real test images are",
@@ -1025,11 +1034,13 @@ claim(
 )
 
 # %% [markdown]
-# Follow the first two lines, MNIST (blue) and Fashion (orange), from left to right. Up to $w = 1$ the label is being switched on: class accuracy rises steeply, and the Fréchet distance falls. From there on accuracy gains little more, on Fashion it even passes that of real garments, some of which do look like another class. Precision rises or stays high. But recall falls, to about half: guided samples are good examples of their class, but of ever fewer kinds. The Fréchet distance, which sees both, has its minimum near $w = 1$, where nothing is extrapolated.
+# Follow the first two lines, MNIST (blue) and Fashion (orange), from left to right. Up to $w = 1$ the label is being switched on: class accuracy rises steeply, and the Fréchet distance falls. From there on accuracy gains little more; on Fashion it even passes that of real garments, some of which do look like another class. Precision rises at first, and falls a little at $w = 8$. But recall falls, to about half: guided samples are good examples of their class, but of ever fewer kinds. Of the weights at all $t$, $w = 1$ has the smallest Fréchet distance: there nothing is extrapolated.
 #
-# Are weights of 2, or of 7, then useless? With photographs and with text such weights are common. There a plain model's samples are less often convincing, so there is precision to be gained, and many users want one good picture rather than all kinds of pictures. Our digits leave little to mend. What carries over is the trade.
+# **In an interval** of $t$ (section 3.4) the same weight costs less recall, and five evaluations fewer. With $w = 2$ it beats the plain model, or does as well, in all but recall: on Fashion a distance of 0.19 and not 0.21 with 93 % as asked and not 87 %, on MNIST the same distance with 99.8 % and not 97.7 %.
 #
-# **In an interval** of $t$ (section 3.4) the same weight costs less recall, and five evaluations fewer. **The classifier** needs a large weight to be obeyed; its samples keep their diversity, but are less precise.
+# **The classifier** needs a large weight to be obeyed. Its samples keep their diversity, but half of them do not look real, and their distance stays above that of samples without any label.
+#
+# Are weights of 2, or of 7, then useless? With photographs and with text such weights are common. There a plain model's samples are less often convincing, so there is precision to be gained, and many users want one good picture rather than all kinds of pictures. Our digits leave little to mend. What carries over is the trade. (One seed of 1,000 images for each point: the distance moves by about 0.01 from one seed to the next on MNIST.)
 #
 # Do the tables describe this code? Forty garments for each of three weights, drawn now and classified:
 

@@ -105,6 +105,11 @@ def guided_no_sigma(v, v_class, gradient, alpha_bar, w, scale):
     return guided_with(v, v_class, gradient, alpha_bar, w, -scale * torch.ones_like(alpha_bar))
 
 
+def guided_slide_line(v, v_class, gradient, alpha_bar, w, scale):
+    """ε moves by the gradient, without σ, and v by 1/α of that."""
+    return guided_with(v, v_class, gradient, alpha_bar, w, -scale / alpha_bar.sqrt())
+
+
 def guided_as_data(v, v_class, gradient, alpha_bar, w, scale):
     return guided_with(v, v_class, gradient, alpha_bar, w, scale * (1 - alpha_bar) / alpha_bar.sqrt())
 
@@ -216,11 +221,15 @@ GUIDED = Exercise(
         ),
         "you moved v as far as ε": (
             guided_as_noise,
-            "σ times the gradient is how far ε moves. x_t stays, so x̂_0 moves as well, and v = α ε − σ x_0 by both.",
+            "σ times the gradient is how far ε moves. x_t stays, so x̂_0 moves as well, and v = α ε − σ x_0 feels both.",
         ),
         "you left out σ": (
-            guided_no_sigma,
+            guided_slide_line,
             "The score is −ε/σ. The slide text loses this σ on two lines, where the slips cancel; here they do not.",
+        ),
+        "you moved v by the gradient itself": (
+            guided_no_sigma,
+            "The gradient is a push of the score, −ε/σ. Follow it from the score to ε, and from there to v while x_t stays.",
         ),
         "you moved v as far as x̂_0": (
             guided_as_data,
@@ -889,7 +898,7 @@ MOMENTS = Exercise(
         ),
         "you multiplied the variance by the slope, not by its square": (
             moments_growth_not_squared,
-            "x → A x + B multiplies the deviation by |A| and the variance by A².",
+            "x → a·x + b multiplies the deviation by |a| and the variance by a².",
         ),
         "you added the variances of x̂_0 and of x": (
             moments_independent,
@@ -907,7 +916,10 @@ MOMENTS = Exercise(
             moments_sigma_for_its_square,
             "x_t has the variance α² V + σ².",
         ),
-        "you wrote ᾱ for α": (moments_alpha_bar_for_alpha, "x_t holds √ᾱ x_0, and ᾱ only as a variance."),
+        "you wrote ᾱ for α": (
+            moments_alpha_bar_for_alpha,
+            "x_t = √ᾱ x_0 + σ ε: its mean and its covariance with x_0 have the factor √ᾱ. Only its variance, ᾱ V + σ², has ᾱ.",
+        ),
         "you sampled the sharpened density": (
             moments_one_gaussian,
             "The guidance of each t is made of the two densities at that t. That is another field than that of the sharpened data.",
@@ -1165,7 +1177,7 @@ BEST = Exercise(
         ),
         "you turned the ratio of the variances over in the cost": (
             best_upside_down,
-            "The mean square is that of the best variance, and stands over the variance that is used, 2β.",
+            "The mean square is Σ*, and it stands over twice the variance that is used, 2β.",
         ),
         "you compared the logarithms only": (
             best_logs_alone,
@@ -1173,7 +1185,7 @@ BEST = Exercise(
         ),
         "you took β and β̃ from the full chain": (
             best_single_steps,
-            "β, β̃ and c belong to the leap from t to s: put ᾱ_t/ᾱ_s in the place of α_t, and ᾱ_s in that of ᾱ_{t−1}.",
+            "β, β̃ and c belong to the step of the list, from t to s: β = 1 − ᾱ_t/ᾱ_s, and s stands where the chain has t − 1.",
         ),
         "you took the logarithm of 0": (
             best_no_clip,
