@@ -440,7 +440,7 @@ with torch.no_grad():
 outside = [(guess.abs() > 1.05).double().mean().item() for guess in guesses]
 claim("from w = 0 to 1 nearly no pixel of the guess leaves [−1, 1]", max(outside[1:4]) < 0.01)
 claim("at w = 8 more than a tenth does", outside[-1] > 0.1)
-plots.grid(torch.cat([nine, xt, *guesses]), labels=["clean", "x_t", *(f"w = {w}" for w in weights)], columns=9)
+plots.grid(torch.cat([nine, xt, *guesses]), labels=["clean", "x_t", *(f"w = {w}".replace("-", "−") for w in weights)], columns=9)
 
 # %% [markdown]
 # From left to right it is a straight line in the space of images. At $w = 0$, without a label, the guess is a blurred 9; at $w = 1$ the loop opens; then the line goes on, and what tells a 4 from the rest is painted over and over, in the end brighter than white. To the left, at $w = -2$, whatever speaks for a 4 is taken away: even the stroke on the right fades, and the sign drifts towards a 5.
@@ -1172,7 +1172,7 @@ plots.rows(list(rows.values()), labels=list(rows))
 others = toy.GaussianMixture(means[member != 2], variances[member != 2])
 right_not = {"not 2, exactly": others.denoiser(path)}
 negative = {
-    f"w = {w}": guidance.classifier_free(alone[2].denoiser(path), everything.denoiser(path), w) for w in (-1, -3)
+    f"w = −{w}": guidance.classifier_free(alone[2].denoiser(path), everything.denoiser(path), -w) for w in (1, 3)
 }
 made, axes = plots.panels(3, width=9.9, height=3.8)
 away = {}
@@ -1189,10 +1189,10 @@ claim(
     "exactly: fewer than 4 % look like class 2 (classes overlap), fewer than 2 % are far from all data, log p < −6",
     sure_of_2["not 2, exactly"] < 0.04 and far_out["not 2, exactly"] < 0.02,
 )
-claim("w = −1: more than twice as many look like class 2", sure_of_2["w = -1"] > 2 * sure_of_2["not 2, exactly"])
+claim("w = −1: more than twice as many look like class 2", sure_of_2["w = −1"] > 2 * sure_of_2["not 2, exactly"])
 claim(
     "  more than 45 % are far from all data; with w = −3 more than 95 %",
-    far_out["w = -1"] > 0.45 and far_out["w = -3"] > 0.95,
+    far_out["w = −1"] > 0.45 and far_out["w = −3"] > 0.95,
 )
 
 # %% [markdown]
