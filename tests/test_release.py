@@ -277,10 +277,14 @@ def test_the_stamped_cell_installs_this_release_or_what_the_environment_says(cou
 # listed one by one, so that a solution cannot slip into the package unseen; in the homework they are secrets all the same.
 SHARED = frozenset(
     {
+        "for_inrange(rounds):",
         "foroneineps:",
+        "fort,sinpairwise(times.tolist()):",
+        "keep=sigma_s/sigma_t",
         "middle=(low+high)/2",
         "returntorch.stack(terms)",
         "returnvalues.flatten(1).sum(1)",
+        "std=(0.5*log_var).exp()",
         "t,s=times[:-1],times[1:]",
         "withtorch.enable_grad():",
         "z=mean+(0.5*log_var).exp()*eps",
