@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dgm_course.paths.base import QUANTITIES, GaussianPath, Time, expand
 
-__all__ = ["Denoiser", "clipped", "on_path", "read_as"]
+__all__ = ["Denoiser", "clipped", "on_path", "read_as", "with_fraction"]
 
 
 class Denoiser(nn.Module):
@@ -96,6 +96,15 @@ def clipped(d: Callable, low: float = -1.0, high: float = 1.0) -> Callable:
         return (out[0].clamp(low, high), *out[1:]) if isinstance(out, tuple) else out.clamp(low, high)
 
     return held
+
+
+def with_fraction(d: Callable, xt: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+    """The pair (x̂_0, fraction of the log-variance) of a denoiser that says both; raises a TypeError if it does not."""
+    out = d(xt, t)
+    if not (isinstance(out, tuple) and len(out) == 2):
+        asked = "(x̂_0, fraction), as Denoiser.with_variance does, for variance = 'learned'"
+        raise TypeError(f"the denoiser must return {asked}; got {type(out).__name__}")
+    return out
 
 
 def read_as(quantity: str, d: Callable, path: GaussianPath) -> Callable:

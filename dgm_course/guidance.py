@@ -128,6 +128,8 @@ def classifier(
             values = log_prob(leaf, t)
             if values.shape != (len(xt),):
                 raise ValueError(f"log_prob must return shape ({len(xt)},); got {tuple(values.shape)}")
+            if not values.requires_grad:
+                raise ValueError("log_prob must depend on x_t by operations that can be differentiated")
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
         shift = torch.where(alpha > 0, scale * sigma**2 / alpha, 0)
         return x0 + expand(shift, xt) * gradient

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dgm_course.denoisers import Denoiser
+from dgm_course.denoisers import Denoiser, with_fraction
 from dgm_course.paths.base import GaussianPath, Time, expand, same_shape
 
 __all__ = ["bound_term", "dsm", "esm", "hybrid", "jacobian_trace", "simple", "ssm"]
@@ -245,8 +245,10 @@ def bound_term(
     same_shape(x0=x0, xt=xt)
     if bins is not None and bins < 2:
         raise ValueError(f"bins must be at least 2; got {bins}")
+    if isinstance(variance, str) and variance not in ("beta", "posterior", "learned"):
+        raise ValueError(f"variance must be 'beta', 'posterior' or a number in [0, 1], or 'learned'; got {variance!r}")
     _, pull, posterior = path.bridge(s, t)
-    x0_hat, variance = d(xt, t) if variance == "learned" else (d(xt, t), variance)
+    x0_hat, variance = with_fraction(d, xt, t) if variance == "learned" else (d(xt, t), variance)
     log_var = path.log_variance(s, t, variance)
     last = path.sigma(s) == 0
     if log_var.ndim < 2:  # the same for all values of a sample

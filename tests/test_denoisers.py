@@ -6,7 +6,7 @@ from oracles import CONTINUOUS, MEANS, PATHS, STDS, WEIGHTS, known, known_rates,
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
-from dgm_course.denoisers import Denoiser, clipped, on_path, read_as
+from dgm_course.denoisers import Denoiser, clipped, on_path, read_as, with_fraction
 from dgm_course.paths import VE, VP, Cosine, DiscretePath, Straight
 from dgm_course.toy import GaussianMixture
 
@@ -325,3 +325,10 @@ def test_arguments_are_checked():
     for error, message, call in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("out", [torch.zeros(2, 3), (torch.zeros(2, 3),), None])
+def test_a_pair_that_is_none(out):
+    """What asks for a learned variance says so where the denoiser does not know it."""
+    with pytest.raises(TypeError, match=r"^the denoiser must return \(x̂_0, fraction\).*got"):
+        with_fraction(lambda xt, t: out, torch.zeros(2, 3), 0.5)

@@ -489,3 +489,9 @@ def test_interval_takes_a_time_for_each_sample():
 def test_a_scale_of_another_kind(scale):
     with pytest.raises(TypeError, match="^scale must be a number, a tensor or a function of t; got"):
         classifier_free(lambda x, t: x, lambda x, t: x, scale)
+
+
+def test_a_log_prob_without_a_gradient():
+    d = classifier(lambda x, t: x, Cosine(), lambda x, t: x.detach().sum(1))
+    with pytest.raises(ValueError, match="^log_prob must depend on x_t"):
+        d(torch.zeros(2, 3), 0.5)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from dgm_course.denoisers import with_fraction
 from dgm_course.paths.base import GaussianPath, Time, expand, same_shape
 from dgm_course.samplers.grid import apply, checked_grid, coefficient_rows, noise_like, watched
 
@@ -90,6 +91,9 @@ def ddpm(
         tensor([1.])
     """
     times = checked_grid(path, x, times)
+    if isinstance(variance, str) and variance not in ("beta", "posterior", "learned"):
+        asked = "'beta', 'posterior' or a number in [0, 1], or 'learned', or a function"
+        raise ValueError(f"variance must be {asked}; got {variance!r}")
     if callable(variance) or variance == "learned":
         return watched(_drawn(denoiser, path, x, times, variance, generator), times)
     table = coefficient_rows(x, times, ddpm_coefficients(path, times[:-1], times[1:], variance))
@@ -108,7 +112,7 @@ def _drawn(denoiser, path, x, times, variance, generator):
     logs = [path.log_variance(times[1:], times[:-1], v) for v in ("posterior", "beta")]
     for t, s, keep, pull, lower, upper in coefficient_rows(x, times, [*mean, *logs]):
         if variance == "learned":
-            x0, fraction = denoiser(x, t)
+            x0, fraction = with_fraction(denoiser, x, t)
             std = fraction.mul(upper - lower).add_(lower).mul_(0.5).exp_()
         else:
             x0 = denoiser(x, t)
