@@ -51,7 +51,7 @@ RECIPES = {
         "checkpoint": "fashion-unet",
         "path": {"class": "Cosine"},
         "sampler": {"name": "DDIM", "grid": "time", "evaluations": 12},
-        "vary": {"seed": [0], "guidance": GUIDANCE["classifier-free"] + GUIDANCE["interval"]},
+        "vary": {"seed": [0, 1], "guidance": GUIDANCE["classifier-free"] + GUIDANCE["interval"]},
         "scored with": {"classifier": "fashion-classifier", "samples": 1000, "draws": 1},
     },
     "fashion-unet": {
@@ -201,7 +201,7 @@ RECIPES = {
         "classifier": "mnist-noisy-classifier",
         "path": {"class": "Cosine"},
         "sampler": {"name": "DDIM", "grid": "time", "evaluations": 12},
-        "vary": {"seed": [0], "guidance": sum(GUIDANCE.values(), [])},
+        "vary": {"seed": [0, 1], "guidance": sum(GUIDANCE.values(), [])},
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
     },
     "mnist-improved": {

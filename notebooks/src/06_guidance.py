@@ -440,7 +440,11 @@ with torch.no_grad():
 outside = [(guess.abs() > 1.05).double().mean().item() for guess in guesses]
 claim("from w = 0 to 1 nearly no pixel of the guess leaves [−1, 1]", max(outside[1:4]) < 0.01)
 claim("at w = 8 more than a tenth does", outside[-1] > 0.1)
-plots.grid(torch.cat([nine, xt, *guesses]), labels=["clean", "x_t", *(f"w = {w}".replace("-", "−") for w in weights)], columns=9)
+plots.grid(
+    torch.cat([nine, xt, *guesses]),
+    labels=["clean", "x_t", *(f"w = {w}".replace("-", "−") for w in weights)],
+    columns=9,
+)
 
 # %% [markdown]
 # From left to right it is a straight line in the space of images. At $w = 0$, without a label, the guess is a blurred 9; at $w = 1$ the loop opens; then the line goes on, and what tells a 4 from the rest is painted over and over, in the end brighter than white. To the left, at $w = -2$, whatever speaks for a 4 is taken away: even the stroke on the right fades, and the sign drifts towards a 5.
@@ -1022,8 +1026,8 @@ for kind in all_tables:
     twice = [mean_at(kind, what, 2, "interval") for what in ("Fréchet distance", "classified as asked")]
     plain = [mean_at(kind, what, 1) for what in ("Fréchet distance", "classified as asked")]
     claim(
-        "  w = 2 in the interval: no larger a distance than w = 1, and more as asked",
-        twice[0] <= plain[0] and twice[1] > plain[1],
+        "  w = 2 in the interval: the distance of w = 1, to 10 %, and more as asked",
+        abs(twice[0] / plain[0] - 1) < 0.1 and twice[1] > plain[1],
     )
 
 # %%
@@ -1034,13 +1038,15 @@ claim(
 )
 
 # %% [markdown]
-# Follow the first two lines, MNIST (blue) and Fashion (orange), from left to right. Up to $w = 1$ the label is being switched on: class accuracy rises steeply, and by $w = 1$ the Fréchet distance has fallen far. On MNIST it rises first, from 0.50 without a label to 0.67 at $w = 0.5$. From $w = 1$ on accuracy on MNIST has little left to gain; on Fashion it goes from 87 % to nearly 100 % and passes the 91 % of real garments, some of which do look like another class. Precision rises at first, and falls a little at $w = 8$. But recall falls, from 0.91 to 0.54 on MNIST and from 0.83 to 0.34 on Fashion: guided samples are good examples of their class, but of ever fewer kinds. Of the weights at all $t$, $w = 1$ has the smallest Fréchet distance: there nothing is extrapolated.
+# Follow the first two lines, MNIST (blue) and Fashion (orange), from left to right. Up to $w = 1$ the label is being switched on: class accuracy rises steeply, and by $w = 1$ the Fréchet distance has fallen far. On MNIST it rises first, from 0.44 without a label to 0.60 at $w = 0.5$. From $w = 1$ on accuracy on MNIST has little left to gain; on Fashion it goes from 88 % to nearly 100 % and passes the 91 % of real garments, some of which do look like another class. Precision rises at first, and falls a little at $w = 8$. But recall falls, from 0.90 to 0.54 on MNIST and from 0.81 to 0.32 on Fashion: guided samples are good examples of their class, but of ever fewer kinds. Of the weights at all $t$, $w = 1$ has the smallest Fréchet distance: there nothing is extrapolated.
 #
-# **In an interval** of $t$ (section 3.4) the same weight costs less recall, and five evaluations fewer. With $w = 2$ it beats the plain model, or does as well, in all of the four but recall: on Fashion a distance of 0.19 and not 0.21 with 93 % as asked and not 87 %, on MNIST the same distance with 99.8 % and not 97.7 %. It asks 19 times for this, and the plain model 12 times.
+# **In an interval** of $t$ (section 3.4) the same weight costs less recall, and five evaluations fewer. With $w = 2$ it has about the plain model's distance, 0.20 on Fashion and 0.08 on MNIST, and more of its samples are as asked: 94 % and not 88 %, 99.9 % and not 98.4 %. It asks 19 times for this, and the plain model 12 times.
 #
 # **The classifier** needs a large weight to be obeyed. Its samples keep their diversity, but about half of them do not look real, and their distance stays above that of samples without any label.
 #
-# Are weights of 2, or of 7, then useless? With photographs and with text such weights are common. There a plain model's samples are less often convincing, so there is precision to be gained, and many users want one good picture rather than all kinds of pictures. Our digits leave little to mend. What carries over is the trade. Each point is one seed of 1,000 images, and from one seed to the next the distance may move by 0.01 or 0.02: 0.19 against 0.21 proves little.
+# Are weights of 2, or of 7, then useless? With photographs and with text such weights are common. There a plain model's samples are less often convincing, so there is precision to be gained, and many users want one good picture rather than all kinds of pictures. Our digits leave little to mend. What carries over is the trade.
+#
+# *How sure is all this?* Each point is the mean over two seeds of 1,000 images, and the bands hold both. Near $w = 1$ the distance moves by 0.01 or 0.02 from one to the other. With the first seed alone, the interval with $w = 2$ had a *smaller* distance than the plain model on both sets of images. The second seed took that back.
 #
 # Do the tables describe this code? Forty garments for each of three weights, drawn now and classified:
 
