@@ -1341,7 +1341,7 @@ claim(
 # %% [markdown]
 # With 2 evaluations all four ways without fresh noise are DDIM: a first and a last step, and nothing between. With 4 they part, and 2M is in front; ancestral sampling with $\beta$ is far behind. With 10 all four are as good as 100 steps of DDIM.
 #
-# *More evaluations do not always help.* DDIM is at its best with about 10 and then gets slightly worse. With many steps every solver draws the digits of *this network's ODE*, and these are not quite those of the data: the network errs, and its errors add up along a deterministic way. 2M gets there first, with 20 evaluations where DDIM needs 100. Ancestral sampling starts far behind and ends below the others, near the floor. It forgets old errors with each fresh noise (notebook 05, section 6.4). Of the two kinds $\tilde\beta$ needs fewer steps, as section 1 leads one to expect.
+# *More evaluations do not always help.* DDIM is at its best with about 10 and then gets slightly worse. With many steps every solver draws the digits of *this network's ODE*, and these are not quite those of the data. 2M is there with 10 or 20 evaluations, DDIM with 50. Ancestral sampling starts far behind and ends below the others, near the floor. A likely reason: the network errs, its errors add up along a deterministic way, and fresh noise forgets old errors (notebook 05, section 6.4). Of the two kinds $\tilde\beta$ needs fewer steps, as section 1 leads one to expect.
 #
 # Equal steps in $\lambda$ are worse here than equal steps in $t$, with few evaluations by far: with 2 the distance is 2.7, above the frame. They put most of their steps near both ends, where there is hardly any noise, or hardly any signal.
 #
