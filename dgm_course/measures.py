@@ -7,7 +7,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from dgm_course import checkpoints, data, guidance, objectives, paths, samplers
-from dgm_course.denoisers import clipped, on_path, read_as
+from dgm_course.denoisers import Denoiser, clipped, on_path, read_as
 
 __all__ = ["FAST", "SAMPLERS", "draw", "fast_times", "first", "grid", "guided", "measure"]
 
@@ -45,19 +45,28 @@ FAST = {
     "Heun": lambda d, path, x, times, g: samplers.heun(d, path, x, times),
     "DPM-Solver++(2S)": lambda d, path, x, times, g: samplers.dpm_solver_pp_2s(d, path, x, times),
     "DPM-Solver++(2M)": lambda d, path, x, times, g: samplers.dpm_solver_pp_2m(d, path, x, times),
+    "stochastic": lambda d, path, x, times, g: samplers.overshoot(
+        d, path, x, times, low=times[:-1] - times[-2], generator=g
+    ),
+    "consistency": lambda d, path, x, times, g: samplers.overshoot(
+        d, path, x, times, low=torch.zeros(len(times) - 1), generator=g
+    ),
 }
 
 
 def fast_times(setting: dict, path: paths.GaussianPath) -> Tensor:
     """The grid for a setting of `FAST`, {"name": …, "grid": "time" | "log-SNR", "evaluations": N}, with at most N evaluations.
 
-    Heun and 2S make two in a step, but one in the last and where α = 0.
+    Heun and 2S make two in a step, but one in the last and where α = 0. "stochastic" is for students: its jumps of 2/(N + 1) start at
+    every multiple of 1/(N + 1).
 
     Example:
         >>> fast_times({"name": "Heun", "grid": "time", "evaluations": 6}, paths.Cosine()).tolist()
         [1.0, 0.75, 0.5, 0.25, 0.0]
     """
     steps, equal = setting["evaluations"], setting["grid"] == "time"
+    if setting["name"] == "stochastic":
+        return torch.cat([torch.linspace(1, 2 / (steps + 1), steps, dtype=torch.float64), torch.zeros(1)])
     if setting["name"] in ("Heun", "DPM-Solver++(2S)"):
         steps = (steps + 1 + (equal and path.alpha(1.0).item() == 0)) // 2
     return path.times(steps) if equal else samplers.logsnr_times(path, steps, start=0.99, end=0.02)
@@ -91,12 +100,18 @@ def draw(setting: dict, d: Callable, path: paths.GaussianPath, noise: Tensor, ge
 def measure(card: dict, x: Tensor, y: Tensor) -> dict:
     """Measure one row of a table on the card's checkpoint against test images: its "sampler", "guidance" or "variance".
 
+    A sampler may name a "checkpoint" of its own, a student. With a "w" in the row a student that knows weights is told it, and another
+    network is guided with the scale 1 + w.
+
     Returns:
         The scores of `objectives.quality`, and the evaluations made for a sample. For a sampler, also the brightness of the first
         20 samples, by which a reader can check a row in a second; for a variance, the bits per dimension.
     """
-    network, path = checkpoints.load(card["checkpoint"]), checkpoints.path_of(card)
-    settings = card["scored with"] | {"seed": card["seed"]}
+    network, path = (
+        checkpoints.load(card.get("sampler", {}).get("checkpoint", card["checkpoint"])),
+        checkpoints.path_of(card),
+    )
+    settings = {"spread": "guidance" in card} | card["scored with"] | {"seed": card["seed"]}
     if "variance" in card:
         return _with_variance(card, network, x, y, settings)
     count = 0
@@ -110,11 +125,14 @@ def measure(card: dict, x: Tensor, y: Tensor) -> dict:
         return draw(card["sampler"], d, path, noise, generator)
 
     placed = _placed(network, path)
-    d = (lambda xt, t, y: guided(card, counted, path, y)(xt, t)) if "guidance" in card else counted
-    scores = objectives.quality(d, x, y, sampler=sampler, spread="guidance" in card, **settings)
+    if "w" in card:
+        d = _weighted(network, counted, card["w"])
+    else:
+        d = (lambda xt, t, y: guided(card, counted, path, y)(xt, t)) if "guidance" in card else counted
+    scores = objectives.quality(d, x, y, sampler=sampler, **settings)
     made = count / settings["samples"] / settings["draws"]
     scores |= {"evaluations": round(made, 1)}
-    if "guidance" in card:
+    if "guidance" in card or "w" in card:
         return scores
     return scores | {"first samples": first(card["sampler"], network, path, card["seed"])}
 
@@ -139,6 +157,13 @@ def guided(card: dict, network: Callable, path: paths.GaussianPath, y: Tensor) -
         return guidance.classifier(network, path, log_prob, setting["scale"])
     scale = guidance.interval(setting["scale"], 0.25, 0.75) if setting["name"] == "interval" else setting["scale"]
     return guidance.classifier_free(lambda xt, t: network(xt, t, y=y), network, scale)
+
+
+def _weighted(network: Denoiser, asked: Callable, w: float) -> Callable:
+    """A denoiser with labels, guided with weight w: in one evaluation if the network was told weights, else in two."""
+    if "weights" in network.card.get("distils", {}):
+        return lambda xt, t, y: asked(xt, t, y=y, w=torch.full((len(xt),), w))
+    return lambda xt, t, y: guidance.classifier_free(lambda xt, t: asked(xt, t, y=y), asked, 1 + w)(xt, t)
 
 
 def _with_variance(card: dict, network: Callable, x: Tensor, y: Tensor, settings: dict) -> dict:

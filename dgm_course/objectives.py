@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dgm_course import checkpoints, data, flows, gan, likelihood, losses, metrics, samplers, training, vae
+from dgm_course import checkpoints, data, distilling, flows, gan, likelihood, losses, metrics, samplers, training, vae
 from dgm_course.denoisers import Denoiser, clipped
 
 __all__ = ["bits", "objective", "quality"]
@@ -21,6 +21,8 @@ Objective = tuple[Callable, Callable, Callable]
 
 def objective(card: dict, model: nn.Module, x: Tensor, y: Tensor) -> Objective:
     """Loss, batches and score that fit the model."""
+    if "distils" in card:
+        return *distilling.distilling(card, model, x, y), _student_score(card)
     if isinstance(model, Denoiser) and model.learned_variance:
         return _denoising_with_variance(card, model, x, y)
     kinds = {Denoiser: _denoising, flows.Flow: _flow, vae.VAE: _vae, gan.GAN: _gan, nn.Module: _classification}
@@ -45,6 +47,24 @@ def _denoising(card: dict, denoiser: nn.Module, x: Tensor, y: Tensor) -> Objecti
         return scores | quality(denoiser, x, y, **card["scored with"]) if "scored with" in card else scores
 
     return losses.simple, draw, score
+
+
+def _student_score(card: dict) -> Callable:
+    """Samples of a student by its own number of DDIM steps, at one weight of guidance if it is told one."""
+
+    def score(student, x, y):
+        settings = dict(card["scored with"])
+        steps, w = settings.pop("steps"), settings.pop("w", None)
+
+        def d(xt, t, y):
+            return student(xt, t, y=y) if w is None else student(xt, t, y=y, w=torch.full((len(xt),), w))
+
+        def ddim(d, noise, g):
+            return samplers.last(samplers.ddim(d, student.path, noise, student.path.times(steps)))
+
+        return quality(d, x, y, sampler=ddim, **settings)
+
+    return score
 
 
 def _denoising_with_variance(card: dict, denoiser: nn.Module, x: Tensor, y: Tensor) -> Objective:

@@ -35,6 +35,18 @@ GUIDANCE = {
     }.items()
 }
 
+STUDENT = {  # what the students of mnist-unet have in common
+    "data": "mnist",
+    "net": {"class": "UNet", "channels": [40, 64], "blocks": [2, 3], "attention": True, "num_classes": 10},
+    "path": {"class": "Cosine"},
+    "predicts": "v",
+    "batch": 64,
+    "seed": 0,
+    "fit": {"lr": 1e-3, "warmup": 100, "ema": 0.995, "precision": "float32"},
+}
+GUIDED = STUDENT | {"net": STUDENT["net"] | {"guided": True}}
+JUDGED = {"classifier": "mnist-classifier", "samples": 2000, "draws": 3}
+
 RECIPES = {
     "fashion-classifier": {
         "what": "classifier of Fashion-MNIST, whose features score generated clothes; trained on slightly moved clothes",
@@ -121,6 +133,14 @@ RECIPES = {
         "fit": {"precision": "float32", "ema": 0.99},
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
     },
+    "mnist-consistency": STUDENT
+    | {
+        "what": "consistency distillation: every point of a path of 16 DDIM steps of mnist-unet says where the path ends",
+        "start": "mnist-unet",
+        "distils": {"kind": "consistency", "steps": 16},
+        "steps": 4000,
+        "scored with": JUDGED | {"steps": 1},
+    },
     "mnist-dit": {
         "what": "class-conditional DiT on MNIST with squares of 4×4 pixels, v-prediction on the cosine path, labels dropped 10 %",
         "data": "mnist",
@@ -203,6 +223,38 @@ RECIPES = {
         "sampler": {"name": "DDIM", "grid": "time", "evaluations": 12},
         "vary": {"seed": [0, 1], "guidance": sum(GUIDANCE.values(), [])},
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
+    },
+    "mnist-guided": GUIDED
+    | {
+        "what": "guided distillation, stage one: mnist-unet with its guidance in one evaluation, told the weight",
+        "start": "mnist-unet",
+        "distils": {"kind": "guidance", "weights": [0.0, 4.0]},
+        "steps": 1500,
+        "scored with": JUDGED | {"steps": 16, "w": 1.0},
+    },
+    "mnist-guided-2": GUIDED
+    | {
+        "what": "guided distillation, stage two: 2 steps of DDIM in the place of 4 of mnist-guided-4, told the weight",
+        "start": "mnist-guided-4",
+        "distils": {"kind": "progressive", "steps": 2, "weights": [0.0, 4.0]},
+        "steps": 2500,
+        "scored with": JUDGED | {"steps": 2, "w": 1.0},
+    },
+    "mnist-guided-4": GUIDED
+    | {
+        "what": "guided distillation, stage two: 4 steps of DDIM in the place of 8 of mnist-guided-8, told the weight",
+        "start": "mnist-guided-8",
+        "distils": {"kind": "progressive", "steps": 4, "weights": [0.0, 4.0]},
+        "steps": 2000,
+        "scored with": JUDGED | {"steps": 4, "w": 1.0},
+    },
+    "mnist-guided-8": GUIDED
+    | {
+        "what": "guided distillation, stage two: 8 steps of DDIM in the place of 16 of mnist-guided, told the weight",
+        "start": "mnist-guided",
+        "distils": {"kind": "progressive", "steps": 8, "weights": [0.0, 4.0]},
+        "steps": 1000,
+        "scored with": JUDGED | {"steps": 8, "w": 1.0},
     },
     "mnist-improved": {
         "what": "Improved DDPM: mnist-unet trained on, with a learned variance, by the hybrid loss on a chain of 1000 steps",
@@ -292,6 +344,38 @@ RECIPES = {
         },
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
     },
+    "mnist-student-1": STUDENT
+    | {
+        "what": "progressive distillation: 1 step of DDIM in the place of 2 of mnist-student-2",
+        "start": "mnist-student-2",
+        "distils": {"kind": "progressive", "steps": 1},
+        "steps": 3500,
+        "scored with": JUDGED | {"steps": 1},
+    },
+    "mnist-student-2": STUDENT
+    | {
+        "what": "progressive distillation: 2 steps of DDIM in the place of 4 of mnist-student-4",
+        "start": "mnist-student-4",
+        "distils": {"kind": "progressive", "steps": 2},
+        "steps": 2500,
+        "scored with": JUDGED | {"steps": 2},
+    },
+    "mnist-student-4": STUDENT
+    | {
+        "what": "progressive distillation: 4 steps of DDIM in the place of 8 of mnist-student-8",
+        "start": "mnist-student-8",
+        "distils": {"kind": "progressive", "steps": 4},
+        "steps": 1500,
+        "scored with": JUDGED | {"steps": 4},
+    },
+    "mnist-student-8": STUDENT
+    | {
+        "what": "progressive distillation: 8 steps of DDIM in the place of 16 of mnist-unet",
+        "start": "mnist-unet",
+        "distils": {"kind": "progressive", "steps": 8},
+        "steps": 1000,
+        "scored with": JUDGED | {"steps": 8},
+    },
     "mnist-variances": {
         "what": "ancestral sampling with few steps, and its bound: the variance fixed at β or β̃, or as learned by mnist-improved",
         "data": "mnist",
@@ -371,6 +455,8 @@ def train(name: str, source: str | None = None, out: str | Path = "runs", steps:
     card = dict(RECIPES[name])
     if steps and "checkpoint" in card:
         raise ValueError(f"recipe {name} trains nothing, so it has no steps; got {steps}")
+    if "distils" in card:
+        card["teacher_sha256"] = checkpoints.load(card["start"]).card["sha256"]
     if "checkpoint" not in card:
         card["steps"] = steps or card["steps"]
     x, y = data.images(data.load(card["data"], "train", source))
@@ -404,10 +490,11 @@ def _fit(card: dict, x: Tensor, y: Tensor, state: Path | None = None) -> tuple[t
 
 
 def _start(model: Denoiser, trained: Denoiser) -> None:
-    """Give a network the weights of another, which may have fewer channels in its output; the rest of that stays 0."""
+    """Give a network the weights of another, which may have fewer channels in its output, or lack whole layers; the rest stays."""
+    weights = dict(model.net.named_parameters())
     with torch.no_grad():
-        for new, old in zip(model.net.parameters(), trained.net.parameters(), strict=True):
-            new[: len(old)] = old
+        for name, old in trained.net.named_parameters():
+            weights[name][: len(old)] = old
 
 
 def _table(name: str, card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], out: Path) -> dict:

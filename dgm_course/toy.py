@@ -100,6 +100,39 @@ class GaussianMixture:
 
         return denoise
 
+    def cdf(self, x: Tensor, path: GaussianPath | None = None, t: Time = 0.0) -> Tensor:
+        r"""The distribution function in one dimension, F_t(x) = P(x_t ≤ x), for x of shape (B, 1); of its shape.
+
+        .. math:: F_t(x) = \sum_k w_k\,\Phi\bigl((x - \alpha m_k)/\sqrt{\alpha^2 C_k + \sigma^2}\bigr)
+        """
+        means, var = self._line(x, path, t)
+        return (self.weights.to(x) * torch.special.ndtr((x - means) / var.sqrt())).sum(1, keepdim=True)
+
+    def quantile(self, p: Tensor, path: GaussianPath | None = None, t: Time = 0.0) -> Tensor:
+        """The inverse of `cdf`, by bisection: x with F_t(x) = p, for p in (0, 1), shape (B, 1); of its shape."""
+        if not bool(((p > 0) & (p < 1)).all()):
+            raise ValueError(f"p must lie in (0, 1); got {p.min().item():g} to {p.max().item():g}")
+        means, var = self._line(p, path, t)
+        reach = 40 * var.sqrt().amax(1, keepdim=True)  # beyond which float64 knows no probability
+        low, high = means.amin(1, keepdim=True) - reach, means.amax(1, keepdim=True) + reach
+        for _ in range(100):
+            middle = (low + high) / 2
+            left = self.cdf(middle, path, t) < p
+            low, high = torch.where(left, middle, low), torch.where(left, high, middle)
+        return (low + high) / 2
+
+    def _line(self, x: Tensor, path: GaussianPath | None, t: Time) -> tuple[Tensor, Tensor]:
+        """Means and variances of the components at t on the line, each (B or 1, K)."""
+        if self.means.shape[1] != 1 or x.ndim != 2 or x.shape[1] != 1:
+            raise ValueError(
+                f"a distribution function needs points (B, 1) and data of one dimension; "
+                f"got {tuple(x.shape)} and means {tuple(self.means.shape)}"
+            )
+        alpha, sigma = (
+            (expand(path.alpha(t), x), expand(path.sigma(t), x)) if path else (x.new_ones(()), x.new_zeros(()))
+        )
+        return alpha * self.means.to(x).mT, alpha**2 * self._spread.to(x).mT + sigma**2
+
     def _terms(self, x: Tensor, path: GaussianPath | None, t: Time):
         """log w_k + log N_k (B, K); x − αm_k along each component's axes (B, K, d); its variance there; α."""
         if x.ndim != 2 or x.shape[1] != self.means.shape[1]:

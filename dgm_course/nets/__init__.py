@@ -3,7 +3,7 @@
 from dgm_course.nets.classifier import Classifier
 from dgm_course.nets.conv import ConvCoupler, ConvDecoder, ConvEncoder
 from dgm_course.nets.dit import DiT
-from dgm_course.nets.embeddings import LabelEmbedding, TimeEmbedding
+from dgm_course.nets.embeddings import LabelEmbedding, TimeEmbedding, WeightEmbedding
 from dgm_course.nets.mlp import MLP, perceptron
 from dgm_course.nets.unet import UNet
 
@@ -17,5 +17,6 @@ __all__ = [
     "LabelEmbedding",
     "TimeEmbedding",
     "UNet",
+    "WeightEmbedding",
     "perceptron",
 ]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LabelEmbedding", "TimeEmbedding", "sinusoids"]
+__all__ = ["LabelEmbedding", "TimeEmbedding", "WeightEmbedding", "sinusoids"]
 
 
 def sinusoids(t: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
@@ -76,3 +76,24 @@ class LabelEmbedding(nn.Module):
         if y.dtype != torch.int64 or y.shape != (batch,):
             raise ValueError(f"y must be int64 of shape ({batch},); got {y.dtype} of shape {tuple(y.shape)}")
         return self.table(y)
+
+
+class WeightEmbedding(nn.Module):
+    """Sinusoids of a weight of guidance w, then two linear layers, the second zero at the start: (B,) → (B, width).
+
+    So a network that gets it begins as one without. The sinusoids have waves from about 0.6 in w upwards: shorter ones would tell apart
+    weights whose guesses hardly differ.
+
+    Source:
+        | On Distillation of Guided Diffusion Models (Meng et al., 2023), section 3.1 and appendix A
+    """
+
+    def __init__(self, width: int, features: int = 64):
+        super().__init__()
+        self.features = features
+        self.layers = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.layers(sinusoids(w / 100, self.features))  # `sinusoids` multiplies by 1000

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dgm_course.nets.embeddings import LabelEmbedding, TimeEmbedding
+from dgm_course.nets.embeddings import LabelEmbedding, TimeEmbedding, WeightEmbedding
 
 __all__ = ["ResBlock", "SelfAttention", "UNet"]
 
@@ -78,12 +78,14 @@ class UNet(nn.Module):
         dropout: Share of features dropped in each block while training.
         skip: Whether what the first level saw on the way down is handed to the way up; without, to see what it is for.
         out_channels: Channels of the output, those of the images if not given; twice as many for a learned variance.
+        guided: Whether it is told a weight of guidance w, as a student of a guided teacher is.
 
     Shapes:
-        xt (B, C, H, W) with H and W divisible by 2·fold, t (B,) in [0, 1], y (B,) int64 or None → (B, out_channels, H, W).
+        xt (B, C, H, W) with H and W divisible by 2·fold, t (B,) in [0, 1], y (B,) int64 or None, w (B,) if guided
+        → (B, out_channels, H, W).
 
     Raises:
-        ValueError: If the image does not fold, or labels come to a network without them.
+        ValueError: If the image does not fold, labels come to a network without them, or w is missing, or given without need.
 
     Source:
         | Slide "Model architecture"; U-Net (Ronneberger et al., 2015); Ho et al. (2020), appendix B;
@@ -106,6 +108,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         skip: bool = True,
         out_channels: int | None = None,
+        guided: bool = False,
     ):
         super().__init__()
         wide, deep = channels
@@ -113,6 +116,7 @@ class UNet(nn.Module):
         self.fold, self.skip = fold, skip
         self.time = TimeEmbedding(condition)
         self.label = LabelEmbedding(num_classes, condition) if num_classes else None
+        self.weight = WeightEmbedding(condition) if guided else None
         self.enter = nn.Conv2d(image_channels * fold**2, wide, 3, padding=1)
         self.down = nn.ModuleList(ResBlock(wide, wide, condition, dropout) for _ in range(blocks[0]))
         self.shrink = nn.Conv2d(wide, deep, 3, stride=2, padding=1)
@@ -127,16 +131,23 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave[-1].weight)
         nn.init.zeros_(self.leave[-1].bias)
 
-    def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         if xt.ndim != 4 or any(side % (2 * self.fold) for side in xt.shape[2:]):
             raise ValueError(
                 f"xt must have shape (B, C, H, W), H and W divisible by {2 * self.fold}; got {tuple(xt.shape)}"
             )
         if y is not None and self.label is None:
             raise ValueError("y was given, but this UNet was built with num_classes = 0")
+        if (w is None) != (self.weight is None) or w is not None and w.shape != (len(xt),):
+            raise ValueError(
+                f"w must have shape ({len(xt)},) for a UNet built with guided = True, and be given to no other; "
+                f"got {'None' if w is None else tuple(w.shape)}"
+            )
         condition = self.time(t)
         if self.label is not None:
             condition = condition + self.label(y, len(xt))
+        if w is not None:
+            condition = condition + self.weight(w)
         h = self.enter(nn.functional.pixel_unshuffle(xt, self.fold))
         for block in self.down:
             h = block(h, condition)

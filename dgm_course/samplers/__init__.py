@@ -15,6 +15,7 @@ from dgm_course.samplers.dpm_solver import (
 )
 from dgm_course.samplers.grid import checked_grid, last, logsnr_times
 from dgm_course.samplers.ode import ddim, ddim_inversion, ddim_step, heun, heun_step
+from dgm_course.samplers.overshoot import overshoot, overshoot_step
 from dgm_course.samplers.parallel import picard
 from dgm_course.samplers.sde import (
     euler_maruyama,
@@ -45,6 +46,8 @@ __all__ = [
     "langevin_step",
     "last",
     "logsnr_times",
+    "overshoot",
+    "overshoot_step",
     "picard",
     "predictor_corrector",
 ]
