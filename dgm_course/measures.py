@@ -9,7 +9,7 @@ from torchdiffeq import odeint
 from dgm_course import checkpoints, data, guidance, objectives, paths, samplers
 from dgm_course.denoisers import Denoiser, clipped, on_path, read_as
 
-__all__ = ["FAST", "SAMPLERS", "draw", "fast_times", "first", "grid", "guided", "measure"]
+__all__ = ["FAST", "SAMPLERS", "STUDENTS", "draw", "fast_times", "first", "grid", "guided", "measure"]
 
 T_MIN = 1e-3  # where the samplers stop; the last evaluation takes them from there to x̂_0
 
@@ -45,6 +45,10 @@ FAST = {
     "Heun": lambda d, path, x, times, g: samplers.heun(d, path, x, times),
     "DPM-Solver++(2S)": lambda d, path, x, times, g: samplers.dpm_solver_pp_2s(d, path, x, times),
     "DPM-Solver++(2M)": lambda d, path, x, times, g: samplers.dpm_solver_pp_2m(d, path, x, times),
+}
+
+# For students: jumps that go as far as they were trained to, and noise that brings each back up to the next time.
+STUDENTS = {
     "stochastic": lambda d, path, x, times, g: samplers.overshoot(
         d, path, x, times, low=times[:-1] - times[-2], generator=g
     ),
@@ -55,7 +59,7 @@ FAST = {
 
 
 def fast_times(setting: dict, path: paths.GaussianPath) -> Tensor:
-    """The grid for a setting of `FAST`, {"name": …, "grid": "time" | "log-SNR", "evaluations": N}, with at most N evaluations.
+    """The grid for a setting of `FAST` or `STUDENTS`, {"name": …, "grid": "time" | "log-SNR", "evaluations": N}, for at most N of them.
 
     Heun and 2S make two in a step, but one in the last and where α = 0. "stochastic" is for students: its jumps of 2/(N + 1) start at
     every multiple of 1/(N + 1).
@@ -77,7 +81,7 @@ def draw(setting: dict, d: Callable, path: paths.GaussianPath, noise: Tensor, ge
 
     Arguments:
         setting: {"name": one of `SAMPLERS`, "evaluations": N}, or {"name": "dopri5", "tolerance": of its two kinds}; with a "grid",
-            one of `FAST`, see `fast_times`.
+            one of `FAST` or `STUDENTS`, see `fast_times`.
         d: A denoiser on `path`.
         path: A path, with a finite drift at 1 unless there is a "grid".
         noise: Standard normal noise, (B, …).
@@ -85,7 +89,9 @@ def draw(setting: dict, d: Callable, path: paths.GaussianPath, noise: Tensor, ge
     """
     if "grid" in setting:
         times = fast_times(setting, path)
-        return samplers.last(FAST[setting["name"]](d, path, noise * path.sigma(times[0]).item(), times, generator))
+        return samplers.last(
+            (FAST | STUDENTS)[setting["name"]](d, path, noise * path.sigma(times[0]).item(), times, generator)
+        )
     x = noise * path.sigma(1.0).item()
     if setting["name"] != "dopri5":
         return samplers.last(SAMPLERS[setting["name"]](d, path, x, setting["evaluations"], generator))

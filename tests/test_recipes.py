@@ -214,8 +214,10 @@ def test_shipped_recipes_fit_the_budget(monkeypatch):
             assert "seed" in card
             if "scored with" in card:
                 plain = "model" in card or card["net"]["num_classes"] == 0  # scored without classes
-                score = objectives._realism if plain else objectives.quality
-                inspect.signature(score).bind(None, None, None, **card["scored with"])
+                score, settings = objectives._realism if plain else objectives.quality, dict(card["scored with"])
+                if low_high := card.get("distils", {}).get("weights"):
+                    assert low_high[0] <= settings.pop("w") <= low_high[1]
+                inspect.signature(score).bind(None, None, None, **settings)
                 assert "classifies" in recipes.RECIPES[card["scored with"]["classifier"]]
                 assert card["scored with"]["samples"] % 10 == 0 and (plain or card["net"]["num_classes"] == 10)
         assert recipe["steps"] > 0 and recipe["batch"] > 0
@@ -225,7 +227,10 @@ def test_shipped_measurements_name_what_there_is(monkeypatch):
     """Recipes without a net: a shipped class-conditional denoiser, a continuous path, known samplers, every one a fair share."""
     monkeypatch.undo()
     without = {name: recipe for name, recipe in recipes.RECIPES.items() if "checkpoint" in recipe}
-    assert {"mnist-sde", "mnist-fast", "mnist-guidance", "fashion-guidance", "mnist-variances"} == without.keys()
+    measured = (
+        "mnist-sde mnist-fast mnist-guidance fashion-guidance mnist-variances mnist-distillation mnist-guided-students"
+    )
+    assert set(measured.split()) == without.keys()
     for name, recipe in without.items():
         assert not {"net", "model", "steps", "batch", "fit"} & recipe.keys()
         network = recipes.RECIPES[recipe["checkpoint"]]
@@ -256,6 +261,9 @@ def ask_samplers(settings, all_of_them):
         if sampler["name"] == "dopri5":
             assert sampler.keys() == {"name", "tolerance"} and 0 < sampler["tolerance"] < 1
             continue
+        if "checkpoint" in sampler or not all_of_them:
+            ask_student(sampler)
+            continue
         known = measures.FAST if "grid" in sampler else measures.SAMPLERS
         assert sampler.keys() - {"grid"} == {"name", "evaluations"} and sampler["name"] in known
         assert sampler.get("grid", "time") in ("time", "log-SNR") and sampler["evaluations"] % 2 == 0
@@ -263,6 +271,20 @@ def ask_samplers(settings, all_of_them):
     if all_of_them:
         assert {name for name, _ in counts} == known.keys()
         assert len({tuple(n for n in sorted(numbers) if n <= 20) for numbers in counts.values()}) == 1
+
+
+def ask_student(sampler):
+    """A student is asked as often as it was trained to be; every other network by a sampler of `FAST`."""
+    how = recipes.RECIPES[sampler.get("checkpoint", "mnist-unet")].get("distils", {})
+    n = sampler["evaluations"]
+    assert sampler["grid"] in ("time", "log-SNR") and n >= 1
+    if how.get("kind") == "progressive":
+        assert (sampler["name"], n) in {("DDIM", how["steps"]), ("stochastic", 2 * how["steps"] - 1)}
+        assert sampler["name"] == "DDIM" or "weights" in how
+    elif how.get("kind") == "consistency":
+        assert sampler["name"] == "consistency" and how["steps"] % n == 0  # else it is asked at times it does not know
+    else:
+        assert sampler["name"] in measures.FAST
 
 
 def test_backbones_are_compared_at_equal_size(monkeypatch):
@@ -563,6 +585,14 @@ def test_shipped_starts_are_shipped(monkeypatch):
         before = recipes.RECIPES[recipe["start"]]
         assert recipe["start"] in checkpoints.names()
         assert all(recipe[key] == before[key] for key in ("data", "path", "predicts"))
+        if "distils" in recipe:
+            assert recipe["net"] | {"guided": True} == before["net"] | {"guided": True}
+            half = recipes.RECIPES[recipe["start"]].get("distils", {}).get("steps")
+            assert half in (
+                None,
+                2 * recipe["distils"].get("steps", 0),
+            )  # one step of the student for two of its teacher
+            continue
         channels = recipe["net"].get("out_channels")
         assert recipe["net"] == before["net"] | ({"out_channels": channels} if channels else {})
         assert recipe.get("learned_variance", False) == (channels == 2) and recipe["chain"] > 1

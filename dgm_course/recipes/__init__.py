@@ -88,11 +88,16 @@ def _fit(card: dict, x: Tensor, y: Tensor, state: Path | None = None) -> tuple[t
 
 
 def _start(model: Denoiser, trained: Denoiser) -> None:
-    """Give a network the weights of another, which may have fewer channels in its output, or lack whole layers; the rest stays."""
-    weights = dict(model.net.named_parameters())
+    """Give a network the weights of another, which may have fewer channels in its output, or know no weight of guidance.
+
+    What is new stays as it is: zero in what it adds.
+    """
+    new, old = dict(model.net.named_parameters()), dict(trained.net.named_parameters())
+    if strange := [name for name in new.keys() ^ old.keys() if name not in new or not name.startswith("weight.")]:
+        raise ValueError(f"start must be a checkpoint of the same network; these weights differ: {sorted(strange)}")
     with torch.no_grad():
-        for name, old in trained.net.named_parameters():
-            weights[name][: len(old)] = old
+        for name, values in old.items():
+            new[name][: len(values)] = values
 
 
 def _table(name: str, card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], out: Path) -> dict:
