@@ -55,7 +55,7 @@ def progressive_target(teacher: Callable, path: GaussianPath, xt: Tensor, t: Tim
               \tilde x_0 = \frac{x_s - (\sigma_s/\sigma_t)\,x_t}{\alpha_s - (\sigma_s/\sigma_t)\,\alpha_t}
 
     It is a mean of the teacher's two guesses, weighted by the lengths of its steps in :math:`u = \alpha/\sigma`, so it stays in
-    their range:
+    their range, up to rounding:
 
     .. math:: \tilde x_0 = \frac{(u_m - u_t)\,\hat x_0(x_t, t) + (u_s - u_m)\,\hat x_0(x_m, m)}{u_s - u_t}
 
@@ -79,6 +79,9 @@ def progressive_target(teacher: Callable, path: GaussianPath, xt: Tensor, t: Tim
         >>> progressive_target(lambda xt, t: xt, Straight(), torch.ones(1), t=1.0, m=0.5, s=0.0).item()
         1.0
     """
+    middle = path._time(m, "m")
+    if not bool(((path._time(s, "s") < middle) & (middle < path._time(t))).all()):
+        raise ValueError(f"m must lie between s and t; got s = {s}, m = {m} and t = {t}")
     xm = ddim_step(path, xt, teacher(xt, t), t, m)
     xs = ddim_step(path, xm, teacher(xm, m), m, s)
     return step_x0(path, xt, xs, t, s)
@@ -143,8 +146,9 @@ def matching(student: Callable, xt: Tensor, t: Time, target: Tensor, weight: Ten
         >>> matching(lambda xt, t: xt, torch.zeros(2, 3), 0.5, torch.full((2, 3), 2.0)).item()
         4.0
     """
-    same_shape(xt=xt, target=target)
-    errors = (student(xt, t, **cond) - target).square().flatten(1)
+    x0 = student(xt, t, **cond)
+    same_shape(xt=xt, target=target, x0=x0)
+    errors = (x0 - target).square().reshape(len(xt), -1)
     if weight is None:
         return errors.mean()
     if weight.shape not in ((), (len(xt),)):
@@ -164,7 +168,7 @@ def consistency_target(
     .. math:: \tilde x_0 = f_\theta(x_s, s), \qquad x_s = \mathrm{DDIM}(x_t;\, t \to s)\ \text{with the teacher}
 
     Nothing but f(x, 0) = x holds the student to the truth, so this must be so by construction. A denoiser that predicts v, on a path with
-    α(0) = 1 and σ(0) = 0, has it: :math:`\hat x_0 = \alpha x_t - \sigma v`. At s = 0 the target is x_s itself.
+    α(0) = 1 and σ(0) = 0, has it: :math:`\hat x_0 = \alpha x_t - \sigma v`. At s = 0 the target is then x_s itself.
 
     Arguments:
         student: The denoiser in training; it gets no gradient from here.
@@ -209,7 +213,7 @@ def consistency_function(
         tolerance: Relative and absolute error allowed in each step.
 
     Raises:
-        ValueError: If t is no number above `1e-8`, or the velocity is not determined there.
+        ValueError: If t is no number above `1e-9`, or the velocity is not determined there.
 
     Source:
         | Consistency Models (Song et al., 2023), section 3
@@ -222,7 +226,7 @@ def consistency_function(
         >>> round(consistency_function(one.denoiser(Cosine()), Cosine(), x, 1.0).item(), 6)  # from N(0, 1) to N(0, 4)
         2.0
     """
-    low = 1e-8  # there σ is so small that one DDIM step is exact to the square of it
+    low = 1e-9  # one DDIM step from there is exact up to σ²
     if not (isinstance(t, (int, float)) and t > low):
         raise ValueError(f"t must be a number above {low:g}; got {t!r}")
     velocity = read_as("velocity", denoiser, path)

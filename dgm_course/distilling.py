@@ -19,8 +19,8 @@ __all__ = ["distilling"]
 def distilling(card: dict, student: Denoiser, x: Tensor, y: Tensor) -> tuple[Callable, Callable]:
     """Loss and batches of a student, whose batches carry the ends of its step, t and s, beside what `training.batches` draws.
 
-    Its teacher is clipped, as it is when it is sampled. A student with a weight is trained on jumps of 1/N that start at
-    every multiple of 1/(2N), for the stochastic sampler.
+    Its teacher is clipped, as it is when it is sampled. Steps of 1/N start at every multiple of 1/N; for a student with a weight, at
+    every multiple of 1/(2N), for the stochastic sampler. All are weighted by the truncated SNR.
     """
     how, path, null = card["distils"], student.path, card["net"]["num_classes"]
     teacher, weights, jumps = checkpoints.load(card["start"]), how.get("weights"), how.get("steps")
@@ -33,7 +33,7 @@ def distilling(card: dict, student: Denoiser, x: Tensor, y: Tensor) -> tuple[Cal
             out["w"] = weights[0] + (weights[1] - weights[0]) * torch.rand(card["batch"], generator=g)
         if "steps" in how:
             count, gap = (2 * jumps - 1, 0.5 / jumps) if weights else (jumps, 1 / jumps)
-            t = 1 / jumps + ((out["t"].double() * count).ceil() - 1) * gap
+            t = (1 / jumps + ((out["t"].double() * count).ceil() - 1) * gap).clamp(max=1)
             out |= {"t": t, "s": (t - 1 / jumps).clamp(min=0)}
         return out
 
@@ -42,8 +42,7 @@ def distilling(card: dict, student: Denoiser, x: Tensor, y: Tensor) -> tuple[Cal
         xt = path.perturb(x0, t, eps)
         if how["kind"] == "consistency":
             target = distillation.consistency_target(clipped(_told(student, **cond)), taught, path, xt, t, s)
-            return distillation.matching(student, xt, t, target, **cond)
-        if how["kind"] == "guidance":
+        elif how["kind"] == "guidance":
             with torch.no_grad():
                 target = clipped(classifier_free(_told(teacher, y=cond["y"]), teacher, 1 + cond["w"]))(xt, t)
         else:

@@ -246,7 +246,9 @@ def test_fast_samplers_make_no_more_evaluations_than_asked(name, asked, grid, pa
     assert d.asked[0] == (1 if grid == "time" else 0.99)
 
 
-@each_fast
+@pytest.mark.parametrize(
+    "name", [name for name in measures.FAST if name != "consistency"]
+)  # which is for students alone
 @pytest.mark.parametrize("grid", ["time", "log-SNR"])
 def test_fast_samplers_draw_from_the_data(name, grid):
     """20,000 samples of N(0.2, 0.25) with 200 evaluations: mean and deviation within 4 % of 0.5."""
@@ -300,3 +302,132 @@ def test_a_row_of_variances(variance, network):
     times = {round(float(t), 6) for _, t, _ in network.seen}
     assert times == {0.25, 0.5, 0.75, 1.0} and bool(told) == (variance == "learned")
     assert row["classified as asked"] == 1 and row["bits per dimension"] > 0
+
+
+# Students -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 7, 15, 16])
+def test_grid_of_the_stochastic_sampler(evaluations):
+    """Every multiple of 1/(n + 1) from 1 down to two of them, then 0: a student for jumps of two, asked at every one."""
+    times = measures.fast_times({"name": "stochastic", "grid": "time", "evaluations": evaluations}, Cosine())
+    expected = [k / (evaluations + 1) for k in range(evaluations + 1, 1, -1)] + [0.0]
+    assert times.dtype == torch.float64 and times.tolist() == pytest.approx(expected, abs=1e-15)
+    assert len(times) == evaluations + 1
+
+
+@pytest.mark.parametrize("name", ["DDIM", "consistency"])
+def test_grid_of_students(name):
+    """Equal steps of t, as many as evaluations."""
+    times = measures.fast_times({"name": name, "grid": "time", "evaluations": 4}, Cosine())
+    assert times.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def exact_jump(mean, std, length):
+    """The x̂_0 with which DDIM goes from t to t − length, or to 0, along the exact ODE of data N(mean, std²) on the circle."""
+
+    def student(xt, t):
+        student.asked.append(t)
+        low = max(t - length, 0.0)
+        (a, s), (a_low, s_low) = known("Cosine", t), known("Cosine", low)
+        ratio = math.sqrt((a_low**2 * std**2 + s_low**2) / (a**2 * std**2 + s**2))
+        end = a_low * mean + ratio * (xt - a * mean)
+        return (s * end - s_low * xt) / (s * a_low - s_low * a)
+
+    student.asked = []
+    return student
+
+
+@pytest.mark.parametrize("name, evaluations, length", [
+    ("DDIM", 4, 1 / 4), ("DDIM", 1, 1.0), ("stochastic", 7, 1 / 4), ("stochastic", 3, 1 / 2), ("stochastic", 1, 1.0),
+    ("consistency", 1, 1.0), ("consistency", 4, 1.0),
+])  # fmt: skip
+def test_students_draw_from_the_data(name, evaluations, length):
+    """Exact students of the jumps that a sampler makes, 1/N for `DDIM` and 2N − 1 evaluations of "stochastic", to 0 for "consistency"."""
+    noise, student = torch.randn(20_000, 1, generator=seeded(0)), exact_jump(0.2, 0.5, length)
+    found = measures.draw(
+        {"name": name, "grid": "time", "evaluations": evaluations}, student, Cosine(), noise, seeded(1)
+    )
+    assert len(student.asked) == evaluations and student.asked[0] == 1
+    assert found.mean().item() == pytest.approx(0.2, abs=0.015) and found.std().item() == pytest.approx(0.5, abs=0.015)
+    again, other = (
+        measures.draw({"name": name, "grid": "time", "evaluations": evaluations}, student, Cosine(), noise, seeded(k))
+        for k in (1, 2)
+    )
+    assert torch.equal(found, again) and torch.equal(found, other) == (name == "DDIM" or evaluations == 1)
+    far = measures.draw(
+        {"name": name, "grid": "time", "evaluations": evaluations}, student, Cosine(), 0 * noise, seeded(1)
+    )
+    spread = far.std().item()  # what the noise on the way alone makes of one start
+    if name == "consistency" and evaluations > 1:
+        assert spread == pytest.approx(0.5, abs=0.06)
+    else:
+        assert (spread < 1e-6) == (name == "DDIM" or evaluations == 1) and spread < 0.5
+
+
+class Student(Levels):
+    """In place of a student: it is brighter by a fifth of its weight, if it is told one."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.card, self.told = {"distils": {"kind": "guidance"} | ({"weights": [0, 4]} if weights else {})}, []
+
+    def __call__(self, xt, t, y=None, w=None):
+        self.told.append(w)
+        out = super().__call__(xt, t, y)
+        return out if w is None else out + 0.02 * w.reshape(-1, 1, 1, 1)
+
+
+@pytest.fixture
+def students(network, monkeypatch):
+    """The teacher "network", and two students of it."""
+    network.card = {}
+    made = {"network": network, "judge": Judge(), "student": Student(False), "guided": Student(True)}
+    monkeypatch.setattr(checkpoints, "load", made.__getitem__)
+    return made
+
+
+def row_of(setting, **changes):
+    asked = card(setting, seed=1) | {"path": {"class": "Cosine"}} | changes
+    return measures.measure(asked, *images())
+
+
+@pytest.mark.parametrize("name", ["DDIM", "stochastic", "consistency"])
+def test_a_row_may_name_a_student(name, students):
+    """Its own checkpoint is asked, and not the card's; without one, the card's."""
+    setting = {"name": name, "grid": "time", "evaluations": 4}
+    row = row_of(setting | {"checkpoint": "student"})
+    assert not students["network"].seen and len(students["student"].seen) == 12
+    assert row["evaluations"] == 4 and len(row["first samples"]) == 20
+    assert all(w is None for w in students["student"].told)
+    assert row_of(setting) == row and len(students["network"].seen) == 12  # the two stand-ins say the same
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 4.0])
+def test_a_row_with_a_weight(w, students):
+    """A student is told it, once a step; another is guided with the scale 1 + w, twice a step, but once at w = 0. No first samples."""
+    setting = {"name": "DDIM", "grid": "time", "evaluations": 3}
+    scored = {"classifier": "judge", "samples": 20, "draws": 2, "spread": True}
+    row = row_of(setting | {"checkpoint": "guided"}, w=w, **{"scored with": scored})
+    assert list(row) == ["classified as asked", "Fréchet distance", "precision", "recall", "evaluations"]
+    assert row["evaluations"] == 3 and not students["network"].seen
+    told = students["guided"].told
+    assert len(told) == 6 and all(torch.equal(one, torch.full((20,), w)) for one in told)
+    plain = row_of(setting, w=w, **{"scored with": scored})
+    assert plain["evaluations"] == (3 if w == 0 else 6)
+    students["network"].seen.clear()
+    unknowing = row_of(setting | {"checkpoint": "student"}, w=w, **{"scored with": scored})
+    assert unknowing["evaluations"] == plain["evaluations"] and not students["network"].seen
+    assert all(one is None for one in students["student"].told)
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 2.0])
+def test_the_weight_of_a_row_is_the_papers(w, students):
+    """(1 + w)·cond − w·uncond: here the teacher's guess is brighter than that of no label, 5, by a known step of its class."""
+    x, y = torch.zeros(2, 1, 1, 1), torch.tensor([1, 9])
+    asked = students["network"]
+    found = measures._weighted(asked, asked, w)(x, 0.5, y)
+    expected = (1 + w) * LEVELS[y] - w * LEVELS[5]
+    torch.testing.assert_close(found.flatten(), expected)
+    told = measures._weighted(students["guided"], students["guided"], w)(x, 0.5, y)
+    torch.testing.assert_close(told.flatten(), LEVELS[y] + 0.02 * w)

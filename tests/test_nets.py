@@ -18,6 +18,7 @@ from dgm_course.nets import (
     LabelEmbedding,
     TimeEmbedding,
     UNet,
+    WeightEmbedding,
     perceptron,
 )
 from dgm_course.nets.dit import Attention, DiTBlock, attention_maps, positions
@@ -288,6 +289,112 @@ def test_more_channels_leave_the_first_as_they_were():
         plain.leave[2].bias.copy_(bias[4:])
     torch.testing.assert_close(second, plain(x, t), rtol=1e-5, atol=1e-6)
     assert (first - second).abs().max() > 0.01
+
+
+# A weight of guidance -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [4, 64])
+def test_weight_embedding_by_numpy(features):
+    """Cosines and sines of 10w/10000^(k/(d/2)), two linear layers with a SiLU between; the shortest wave is 0.63 in w."""
+    net, w = lively(WeightEmbedding(6, features)), torch.tensor([0.0, 0.5, 1.0, 4.0])
+    half = features // 2
+    angles = 10 * w.numpy()[:, None] / 10_000 ** (np.arange(half) / half)
+    rows = np.concatenate([np.cos(angles), np.sin(angles)], 1)
+    first, second = (
+        (layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in (net.layers[0], net.layers[2])
+    )
+    hidden = rows @ first[0].T + first[1]
+    expected = hidden / (1 + np.exp(-hidden)) @ second[0].T + second[1]
+    np.testing.assert_allclose(net(w).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+    later = sinusoids((w + 2 * np.pi / 10) / 100, features)[:, [0, half]]
+    torch.testing.assert_close(later, torch.from_numpy(rows).float()[:, [0, half]], rtol=0, atol=1e-4)
+
+
+def test_weight_embedding_starts_at_zero():
+    """Nothing is added at any w; its first layer is not zero, so that it can learn, and only the second gets a gradient at first."""
+    net = WeightEmbedding(6)
+    out = net(torch.linspace(0, 9, 5))
+    assert out.shape == (5, 6) and not out.any() and net.layers[0].weight.abs().max() > 0.01
+    out.sum().backward()
+    assert net.layers[2].weight.grad.any() and net.layers[2].bias.grad.any() and not net.layers[0].weight.grad.any()
+
+
+GUIDED = {"channels": (8, 16), "blocks": (1, 1), "num_classes": 10, "condition": 16}
+
+
+def test_a_guided_unet_starts_as_one_that_is_not():
+    """With the same weights in all else it says the same at every w, to the bit; told by one that has learned, another thing."""
+    plain, guided = lively(UNet(**GUIDED)), UNet(**GUIDED, guided=True).eval()
+    missing = guided.load_state_dict(plain.state_dict(), strict=False)
+    assert missing.unexpected_keys == [] and {key.split(".")[0] for key in missing.missing_keys} == {"weight"}
+    x, t, y = images(GUIDED, 3)[0], torch.tensor([0.1, 0.5, 1.0]), torch.tensor([3, 10, 0])
+    for w in (0.0, 1.0, 4.0):
+        assert torch.equal(guided(x, t, y, torch.full((3,), w)), plain(x, t, y))
+    lively(guided.weight)
+    with torch.no_grad():
+        out = [guided(x, t, y, torch.full((3,), w)) for w in (0.0, 1.0, 4.0)]
+    assert all(
+        (one - other).abs().max() > 1e-2 for one, other in ((out[0], out[1]), (out[1], out[2]), (out[0], out[2]))
+    )
+
+
+def test_each_sample_has_its_weight():
+    """A sample depends on its own w alone; the embeddings of time, label and weight are added."""
+    net = lively(UNet(**GUIDED, guided=True))
+    x, t, y, w = (
+        images(GUIDED, 3)[0],
+        torch.tensor([0.1, 0.5, 1.0]),
+        torch.tensor([3, 10, 0]),
+        torch.tensor([0.0, 1.3, 4.0]),
+    )
+    with torch.no_grad():
+        whole = net(x, t, y, w)
+        for i in range(3):
+            torch.testing.assert_close(
+                net(x[i : i + 1], t[i : i + 1], y[i : i + 1], w[i : i + 1])[0], whole[i], rtol=1e-4, atol=1e-4
+            )
+        felt = []
+        net.down[0].register_forward_pre_hook(lambda module, inputs: felt.append(inputs[1]))
+        net(x, t, y, w)
+    torch.testing.assert_close(felt[0], net.time(t) + net.label(y, 3) + net.weight(w))
+
+
+def test_gradients_reach_the_weight():
+    """Every parameter of an awake guided network gets a gradient, those of the weight too."""
+    net = awake(UNet(**GUIDED, guided=True))
+    net(images(GUIDED, 3)[0], torch.rand(3), torch.tensor([1, 2, 3]), torch.rand(3)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.weight.parameters())
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_guided_unet_in_a_denoiser():
+    """The weight is handed on as a condition; a network without labels can be told one too."""
+    net = lively(UNet(channels=(8, 8), blocks=(1, 1), condition=16, guided=True))
+    d, x, w = Denoiser(net, Cosine(), "x0"), images({}, 2)[0], torch.tensor([0.5, 3.0])
+    with torch.no_grad():
+        torch.testing.assert_close(d(x, 0.4, w=w), net(x, torch.full((2,), 0.4), w=w))
+
+
+@pytest.mark.parametrize(
+    "guided, w, message",
+    [
+        (
+            True,
+            None,
+            r"^w must have shape \(2,\) for a UNet built with guided = True, and be given to no other; got None",
+        ),
+        (True, torch.tensor(1.0), r"^w must have shape \(2,\) .* got \(\)$"),
+        (True, torch.ones(1), r"^w must have shape \(2,\) .* got \(1,\)$"),
+        (True, torch.ones(2, 1), r"^w must have shape \(2,\) .* got \(2, 1\)$"),
+        (False, torch.ones(2), r"^w must have shape \(2,\) .* given to no other; got \(2,\)$"),
+    ],
+)
+def test_a_weight_is_for_a_guided_unet(guided, w, message):
+    """Missing, in another shape, or told to a network that knows none, it is refused and named."""
+    net = UNet(**GUIDED, guided=guided)
+    with pytest.raises(ValueError, match=message):
+        net(images(GUIDED, 2)[0], torch.zeros(2), torch.tensor([1, 2]), w)
 
 
 def test_size():

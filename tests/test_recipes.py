@@ -16,7 +16,19 @@ import scipy.linalg
 import torch
 from scipy import stats
 
-from dgm_course import checkpoints, data, losses, measures, nets, objectives, paths, recipes, tables, training
+from dgm_course import (
+    checkpoints,
+    data,
+    distillation,
+    losses,
+    measures,
+    nets,
+    objectives,
+    paths,
+    recipes,
+    tables,
+    training,
+)
 from dgm_course.denoisers import Denoiser
 from dgm_course.flows import Flow
 from dgm_course.gan import GAN, ConvGAN
@@ -566,9 +578,15 @@ def test_a_stopped_improved_network_goes_on(tmp_path, base, monkeypatch):
 
 def test_a_start_must_fit(tmp_path, base):
     """Another network than the one that it starts from, but for more channels at its end, is refused before any training."""
-    for change in ({"channels": [16, 16]}, {"blocks": [1, 2]}, {"attention": True}):
+    for change in ({"channels": [16, 16]}, {"condition": 32}, {"fold": 1}):
         recipes.RECIPES["tiny"] = IMPROVED | {"net": IMPROVED["net"] | change}
         with pytest.raises((ValueError, RuntimeError)):
+            recipes.train("tiny", out=tmp_path / "runs")
+    for change in ({"blocks": [1, 2]}, {"blocks": [2, 1]}, {"attention": True}, {"num_classes": 0}):
+        recipes.RECIPES["tiny"] = IMPROVED | {"net": IMPROVED["net"] | change}
+        with pytest.raises(
+            ValueError, match="^start must be a checkpoint of the same network; these weights differ: \\['"
+        ):
             recipes.train("tiny", out=tmp_path / "runs")
     recipes.RECIPES["tiny"] = IMPROVED | {"start": "nonesuch"}
     with pytest.raises(ValueError, match="^name must be one of base; got 'nonesuch'"):
@@ -577,29 +595,265 @@ def test_a_start_must_fit(tmp_path, base):
 
 
 def test_shipped_starts_are_shipped(monkeypatch):
-    """What a recipe starts from is a recipe on the same data and path, of the same network but for the channels at its end."""
+    """What a recipe starts from is a recipe on the same data and path, of the same network but for the channels at its end, or for w."""
     monkeypatch.undo()
     starting = {name: recipe for name, recipe in recipes.RECIPES.items() if "start" in recipe}
-    assert "mnist-improved" in starting
+    assert {
+        "mnist-improved",
+        "mnist-student-1",
+        "mnist-guided",
+        "mnist-guided-2",
+        "mnist-consistency",
+    } <= starting.keys()
     for recipe in starting.values():
         before = recipes.RECIPES[recipe["start"]]
-        assert recipe["start"] in checkpoints.names()
+        first = before
+        while "start" in first:
+            first = recipes.RECIPES[first["start"]]
+        assert first == recipes.RECIPES["mnist-unet"] and recipe["start"] in checkpoints.names()
         assert all(recipe[key] == before[key] for key in ("data", "path", "predicts"))
+        grown = {key: recipe["net"][key] for key in ("out_channels", "guided") if key in recipe["net"]}
+        assert recipe["net"] == before["net"] | grown and ("distils" in recipe) != ("chain" in recipe)
+        new, old = (dict(checkpoints.build(card).net.named_parameters()) for card in (recipe, before))
+        fresh, wider = new.keys() - old.keys(), [new[name].shape for name in old if new[name].shape != old[name].shape]
         if "distils" in recipe:
-            assert recipe["net"] | {"guided": True} == before["net"] | {"guided": True}
-            half = recipes.RECIPES[recipe["start"]].get("distils", {}).get("steps")
-            assert half in (
-                None,
-                2 * recipe["distils"].get("steps", 0),
-            )  # one step of the student for two of its teacher
-            continue
-        channels = recipe["net"].get("out_channels")
-        assert recipe["net"] == before["net"] | ({"out_channels": channels} if channels else {})
-        assert recipe.get("learned_variance", False) == (channels == 2) and recipe["chain"] > 1
-        new, old = checkpoints.build(recipe).net, checkpoints.load(recipe["start"]).net
-        pairs = zip(new.parameters(), old.parameters(), strict=True)
-        grown = [one.shape for one, other in pairs if one.shape != other.shape]
-        assert [shape[0] for shape in grown] == [8, 8]  # weight and bias of the last layer, 2 channels of 2×2 pixels
+            assert wider == [] and not recipe.get("learned_variance")
+            assert {name.split(".")[0] for name in fresh} == ({"weight"} if before["net"] != recipe["net"] else set())
+        else:
+            assert recipe["learned_variance"] and recipe["chain"] > 1 and grown == {"out_channels": 2}
+            assert not fresh and [shape[0] for shape in wider] == [8, 8]  # of the last layer, 2 channels of 2×2 pixels
+
+
+def test_shipped_students_halve_their_teachers_steps(monkeypatch):
+    """From 16 DDIM steps of mnist-unet, or of mnist-guided, down by halves; each is scored by its own steps, at a weight that it knows."""
+    monkeypatch.undo()
+    students = {name: recipe for name, recipe in recipes.RECIPES.items() if "distils" in recipe}
+    assert len(students) == 9
+    for name, recipe in students.items():
+        how, before = recipe["distils"], recipes.RECIPES[recipe["start"]].get("distils", {})
+        guided = recipe["net"].get("guided", False)
+        assert guided == ("weights" in how) and how["kind"] in ("progressive", "guidance", "consistency")
+        assert how.keys() == {"kind"} | ({"steps"} if how["kind"] != "guidance" else set()) | (
+            {"weights"} if guided else set()
+        )
+        assert recipe["predicts"] == "v"  # so that x̂_0 is x_t itself at t = 0, and anything at α = 0
+        if how["kind"] == "progressive":
+            assert before.get("steps", 16) == 2 * how["steps"] == 2 * recipe["scored with"]["steps"]
+            assert name.endswith(f"-{how['steps']}") and before.get("weights") == how.get("weights")
+        if guided:
+            low, high = how["weights"]
+            assert 0 <= low <= recipe["scored with"]["w"] <= high
+
+
+def test_shipped_measurements_ask_students_as_they_were_trained(monkeypatch):
+    """A student is asked by its own number of DDIM steps, 2N − 1 of the stochastic sampler, and by "consistency" if trained for it."""
+    monkeypatch.undo()
+    asked = set()
+    for table in ("mnist-distillation", "mnist-guided-students"):
+        recipe = recipes.RECIPES[table]
+        for sampler in recipe["vary"]["sampler"]:
+            if "checkpoint" not in sampler:
+                continue
+            student = recipes.RECIPES[sampler["checkpoint"]]
+            how, number = student["distils"], sampler["evaluations"]
+            asked.add(sampler["checkpoint"])
+            assert sampler["grid"] == "time" and ("weights" in how) == ("w" in recipe["vary"])
+            if how["kind"] == "consistency":
+                assert sampler["name"] == "consistency" and how["steps"] % number == 0
+            elif how["kind"] == "guidance":
+                assert (sampler["name"], number) == ("DDIM", 16)
+            else:
+                assert number == {"DDIM": how["steps"], "stochastic": 2 * how["steps"] - 1}[sampler["name"]]
+                assert sampler["name"] == "DDIM" or "weights" in how
+            if "w" in recipe["vary"]:
+                low, high = how["weights"]
+                assert low <= min(recipe["vary"]["w"]) and max(recipe["vary"]["w"]) <= high
+    assert asked == {name for name, recipe in recipes.RECIPES.items() if "distils" in recipe}
+
+
+def test_shipped_students_know_their_teachers(monkeypatch):
+    """The card of each student holds the hash of the very weights that are shipped as its teacher's."""
+    monkeypatch.undo()
+    for name in checkpoints.names():
+        card = checkpoints.load(name).card
+        assert ("teacher_sha256" in card) == ("distils" in card)
+        if "distils" in card:
+            assert card["teacher_sha256"] == checkpoints.load(card["start"]).card["sha256"]
+
+
+# Students -----------------------------------------------------------------------------------------------------------
+
+PLAIN = TINY | {
+    "start": "base",
+    "distils": {"kind": "progressive", "steps": 4},
+    "fit": {"lr": 1e-3, "precision": "float32"},
+    "scored with": {"classifier": "judge", "samples": 20, "draws": 1, "steps": 2},
+}
+TOLD = PLAIN | {
+    "net": TINY["net"] | {"guided": True},
+    "scored with": PLAIN["scored with"] | {"w": 1.5},
+}
+STUDENTS = {
+    "progressive": PLAIN,
+    "consistency": PLAIN | {"distils": {"kind": "consistency", "steps": 8}},
+    "guidance": TOLD | {"distils": {"kind": "guidance", "weights": [0.0, 4.0]}},
+}
+all_students = pytest.mark.parametrize("kind", STUDENTS)
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """Scores without a classifier; returns what was scored, and with which settings."""
+    scored = []
+
+    def quality(d, x, y, *, sampler, **settings):
+        noise = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+        drawn = sampler(lambda xt, t: d(xt, t, y=torch.tensor([3, 10])), noise, None)
+        scored.append(settings)
+        return {"brightness": drawn.mean().item()}
+
+    monkeypatch.setattr(objectives, "quality", quality)
+    monkeypatch.setattr(recipes, "_floor", lambda *_: {"floor": 1.0})
+    return scored
+
+
+@all_students
+def test_a_student_starts_as_its_teacher(kind, tmp_path, base, quiet, monkeypatch):
+    """Before the first step it says what its teacher says, at every weight; then it is trained, and its teacher is not."""
+    recipes.RECIPES["tiny"] = STUDENTS[kind]
+    started, fit = [], training.fit
+
+    def looked_at(model, *arguments, **options):
+        started.append(copy.deepcopy(model).eval())
+        return fit(model, *arguments, **options)
+
+    monkeypatch.setattr(training, "fit", looked_at)
+    recipes.train("tiny", out=tmp_path / "runs")
+    x, y = data.images(part("mnist").select(range(4)))
+    guided, trained = "guided" in STUDENTS[kind]["net"], checkpoints.load("tiny", folder=tmp_path / "runs")
+    for w in (0.0, 3.0):
+        told = {"w": torch.full((4,), w)} if guided else {}
+        with torch.no_grad():
+            said, taught = started[0](x, 0.6, y=y, **told), base(x, 0.6, y=y)
+            torch.testing.assert_close(said, taught, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(trained(x, 0.6, y=y, **told), taught, rtol=1e-4, atol=1e-5)
+    assert torch.equal(checkpoints.load("base")(x, 0.6, y=y), base(x, 0.6, y=y))
+
+
+@all_students
+def test_the_card_of_a_student(kind, tmp_path, base, quiet):
+    """It says what it distils, from whom, the hash of the very teacher, and its score by its own steps, at its own weight."""
+    recipes.RECIPES["tiny"] = STUDENTS[kind]
+    card = recipes.train("tiny", out=tmp_path / "runs")
+    student = checkpoints.load("tiny", folder=tmp_path / "runs")
+    assert {key: value for key, value in student.card.items() if key != "sha256"} == card
+    assert card["distils"] == STUDENTS[kind]["distils"] and card["start"] == "base"
+    assert (
+        card["teacher_sha256"]
+        == base.card["sha256"]
+        == json.loads((tmp_path / "shipped/base.json").read_text())["sha256"]
+    )
+    assert card["scores"].keys() == {"brightness", "floor"} and card["scored with"] == STUDENTS[kind]["scored with"]
+    assert quiet == [{"classifier": "judge", "samples": 20, "draws": 1}]
+    assert "teacher_sha256" not in STUDENTS[kind]
+    recipes.RECIPES["tiny"] = TINY
+    assert "teacher_sha256" not in recipes.train("tiny", out=tmp_path / "other", steps=1)
+
+
+@all_students
+def test_a_stopped_student_goes_on(kind, tmp_path, base, quiet, monkeypatch):
+    """To the very weights of a run that was not stopped; a second whole run gives them too."""
+    recipes.RECIPES["tiny"] = STUDENTS[kind]
+    count, matching = [], distillation.matching
+
+    def stopping(*arguments, **options):
+        count.append(1)
+        if len(count) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return matching(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "matching", stopping)
+        with pytest.raises(KeyboardInterrupt, match="after step 3 of 4"):
+            recipes.train("tiny", out=tmp_path / "stopped")
+    stopped = recipes.train("tiny", out=tmp_path / "stopped")
+    torch.manual_seed(99)
+    whole = recipes.train("tiny", out=tmp_path / "whole")
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole") and stopped["scores"] == whole["scores"]
+    assert sorted(file.name for file in (tmp_path / "stopped").iterdir()) == ["tiny.json", "tiny.safetensors"]
+
+
+def test_a_state_is_for_one_teacher(tmp_path, base, quiet, monkeypatch):
+    """Taught by a teacher with other weights, a student begins anew, and its card names the new one."""
+    recipes.RECIPES["tiny"] = PLAIN
+    count, matching = [], distillation.matching
+
+    def stopping(*arguments, **options):
+        count.append(1)
+        if len(count) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return matching(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "matching", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            recipes.train("tiny", out=tmp_path / "stopped")
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1.1)
+    checkpoints.save("base", base, TINY, tmp_path / "shipped")
+    card = recipes.train("tiny", out=tmp_path / "stopped")
+    recipes.train("tiny", out=tmp_path / "whole")
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    assert card["teacher_sha256"] == checkpoints.load("base").card["sha256"] != base.card["sha256"]
+
+
+def test_a_student_of_a_student(tmp_path, base, quiet):
+    """Stage two: the student of stage one is loaded as the teacher, told w, and its student starts from it, weights of w and all."""
+    recipes.RECIPES["tiny"] = STUDENTS["guidance"]
+    recipes.train("tiny", out=tmp_path / "shipped")
+    recipes.RECIPES["another"] = TOLD | {
+        "start": "tiny",
+        "distils": {"kind": "progressive", "steps": 2, "weights": [0.0, 4.0]},
+        "steps": 1,
+        "fit": {"lr": 1e-9},
+    }
+    card = recipes.train("another", out=tmp_path / "runs")
+    first, second = checkpoints.load("tiny"), checkpoints.load("another", folder=tmp_path / "runs")
+    assert card["teacher_sha256"] == first.card["sha256"]
+    assert first.net.weight.layers[-1].weight.any()
+    for old, new in zip(first.net.parameters(), second.net.parameters(), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"guided": True}, {"out_channels": 2}, {}])
+def test_a_start_goes_by_name(change, base):
+    """All of the other's weights, in any order; what is new stays as it was, zero in what it adds, so the first channels are the same."""
+    torch.manual_seed(1)
+    model = checkpoints.build(TINY | {"net": TINY["net"] | change, "learned_variance": "out_channels" in change})
+    fresh = {name: value.clone() for name, value in model.net.named_parameters()}
+    shuffled = dict(reversed(list(base.net.named_parameters())))
+    base.net.named_parameters = lambda: shuffled.items()
+    recipes._start(model, base)
+    for name, value in model.net.named_parameters():
+        known = len(shuffled.get(name, ()))
+        assert torch.equal(value[:known], shuffled[name] if known else value[:0])
+        assert torch.equal(value[known:], fresh[name][known:]) and value.requires_grad and value.is_leaf
+    x, y = data.images(part("mnist").select(range(3)))
+    told = {"w": torch.tensor([0.0, 1.0, 4.0])} if "guided" in change else {}
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, 0.3, y=y, **told), base(x, 0.3, y=y), rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_that_is_not_told_has_no_teacher_that_is(tmp_path, base, quiet):
+    """A teacher that knows weights of guidance cannot start a student that does not: which w should it be?"""
+    torch.manual_seed(5)
+    checkpoints.save("told", checkpoints.build(STUDENTS["guidance"]), STUDENTS["guidance"], tmp_path / "shipped")
+    recipes.RECIPES["tiny"] = PLAIN | {"start": "told"}
+    with pytest.raises(
+        ValueError, match="^start must be a checkpoint of the same network; these weights differ: \\['weight"
+    ):
+        recipes.train("tiny", out=tmp_path / "runs")
 
 
 def test_the_noisy_classifier_knows_the_noise_of_the_network_it_guides(monkeypatch):

@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 import torch
 from oracles import MEANS, PATHS, STDS, WEIGHTS, known, mixture_mean, path_of, time_on
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from dgm_course.paths import Cosine
+from dgm_course.paths import Cosine, Straight
 from dgm_course.toy import GaussianMixture, checkerboard, ring, swiss_roll, two_moons
 
 # Three components in space, none alike: two slanted ones, one of them nearly flat, and a round one
@@ -150,6 +151,89 @@ def test_mean_and_covariance():
     close(ring(7, radius=3.0, std=0.5).cov, (4.5 + 0.25) * np.eye(2), 1e-5)  # a ring's is r²/2 in each direction
 
 
+@all_paths
+@pytest.mark.parametrize("unit", [0.0, 0.3, 1.0])
+def test_cdf(name, unit):
+    """P(x_t ≤ x) by SciPy's normals; far out it is 0 and 1; it has x's shape and type."""
+    t = time_on(name, unit)
+    alpha, sigma = known(name, t)
+    x = math.hypot(alpha, sigma) * np.array([-300.0, -9.0, -1.5, 0.0, 0.4, 2.5, 300.0])
+    expected = sum(
+        w * scipy.stats.norm.cdf(x, alpha * m, np.hypot(alpha * s, sigma))
+        for w, m, s in zip(WEIGHTS, MEANS, STDS, strict=True)
+    )
+    found = LINE.cdf(torch.from_numpy(x)[:, None], path_of(name), t)
+    assert found.shape == (7, 1) and found.dtype == torch.float64
+    np.testing.assert_allclose(found[:, 0].numpy(), expected, rtol=0, atol=1e-14)
+    assert found[0] == 0 and found[-1] == 1
+    assert LINE.cdf(torch.tensor([[0.3]]), path_of(name), t).dtype == torch.float32
+
+
+def test_cdf_is_the_integral_of_the_density():
+    """By the trapezoidal rule; its slope is the density, by autograd; without a path both are of the data."""
+    grid = torch.linspace(-12, 12, 20_001, dtype=torch.float64)[:, None]
+    for law in ((), (Cosine(), 0.0), (Cosine(), 0.3), (Cosine(), 1.0)):
+        density = LINE.log_prob(grid, *law).exp()
+        below = torch.cumulative_trapezoid(density, grid[:, 0])
+        torch.testing.assert_close(LINE.cdf(grid, *law)[1:, 0], below, rtol=0, atol=1e-6)
+        x = torch.tensor([[-1.4], [0.2], [1.7]], dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(LINE.cdf(x, *law).sum(), x)
+        close(slope[:, 0], LINE.log_prob(x.detach(), *law).exp())
+
+
+@all_paths
+@pytest.mark.parametrize("unit", [0.0, 0.3, 1.0])
+def test_quantile(name, unit):
+    """The root of SciPy's distribution function, for shares of the middle and of the tails."""
+    t = time_on(name, unit)
+    alpha, sigma = known(name, t)
+
+    def below(x):
+        return sum(
+            w * scipy.stats.norm.cdf(x, alpha * m, np.hypot(alpha * s, sigma))
+            for w, m, s in zip(WEIGHTS, MEANS, STDS, strict=True)
+        )
+
+    size = math.hypot(alpha, sigma)
+    for p in (1e-6, 0.01, 0.3, 0.5, 0.97, 1 - 1e-6):
+        found = LINE.quantile(torch.tensor([[p]], dtype=torch.float64), path_of(name), t)
+        expected = scipy.optimize.brentq(lambda x, p=p: below(x) - p, -40 * size, 40 * size, xtol=1e-14, rtol=1e-15)
+        assert found.shape == (1, 1) and found.item() == pytest.approx(expected, abs=1e-8 * size)
+
+
+def test_quantile_and_cdf_with_a_time_for_each_point():
+    """Each point gets what it gets alone; the two undo each other; in float32 to its digits."""
+    p, t = torch.tensor([[0.1], [0.5], [0.9]], dtype=torch.float64), torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64)
+    x = LINE.quantile(p, Cosine(), t)
+    for i in range(3):
+        close(x[i : i + 1], LINE.quantile(p[i : i + 1], Cosine(), t[i].item()))
+    close(LINE.cdf(x, Cosine(), t), p)
+    close(LINE.cdf(LINE.quantile(p)), p)
+    narrow = LINE.quantile(p.float(), Cosine(), t)
+    assert narrow.dtype == torch.float32
+    close(narrow.double(), x, 1e-5)
+    one = GaussianMixture(torch.tensor([[3.0]], dtype=torch.float64), 4.0)
+    close(one.quantile(torch.tensor([[0.5], [0.975]], dtype=torch.float64)), [[3.0], [3 + 2 * 1.959963984540054]])
+
+
+def test_quantile_far_from_zero():
+    """A narrow component and a wide one, far apart: the search looks around both, as wide as the wider one is, and not around 0."""
+    means, variances = torch.tensor([[-1000.0], [30000.0]], dtype=torch.float64), torch.tensor([1e-4, 1e4])
+    far = GaussianMixture(means, variances, torch.tensor([1.0, 3.0]))
+    p = torch.tensor([[0.125], [0.625], [0.25 + 0.75 * scipy.stats.norm.cdf(2.0)]], dtype=torch.float64)
+    close(far.quantile(p), [[-1000.0], [30000.0], [30200.0]], 1e-9)  # the medians of the two, and two deviations above
+    close(far.quantile(p[:2], Straight(), 0.5), [[-500.0], [15000.0]], 1e-9)
+
+
+def test_quantiles_draw_from_the_law(generator):
+    """Of even numbers they make the samples: the mean and the covariance are the mixture's, to the fourth digit on a grid."""
+    p = ((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000)[:, None]
+    x = LINE.quantile(p)
+    assert bool((x.diff(dim=0) > 0).all())
+    close(x.mean(0), LINE.mean, 1e-3)
+    close(x.var(0)[None], LINE.cov, 1e-3)
+
+
 def test_samples_have_the_law(generator):
     """In one dimension 20,000 samples pass a Kolmogorov-Smirnov test at 1e-3."""
     x = LINE.sample(20_000, generator)[:, 0].numpy()
@@ -250,6 +334,18 @@ def test_points_come_from_the_generator(make):
         ),
         (lambda: GaussianMixture(POINTS, 1.0, torch.ones(2)), r"^weights must be positive, shape \(3,\)"),
         (lambda: GaussianMixture(POINTS, 1.0, torch.tensor([1.0, 0.0, 1.0])), "^weights must be positive"),
+        (
+            lambda: MIXTURE.cdf(torch.zeros(4, 3)),
+            r"^a distribution function needs points \(B, 1\) and data of one dimension",
+        ),
+        (lambda: MIXTURE.cdf(torch.zeros(4, 1)), r"got \(4, 1\) and means \(3, 3\)$"),
+        (lambda: LINE.cdf(torch.zeros(4, 2)), "^a distribution function needs"),
+        (lambda: LINE.cdf(torch.zeros(4)), r"got \(4,\) and means \(3, 1\)$"),
+        (lambda: LINE.quantile(torch.full((4, 2), 0.5)), "^a distribution function needs"),
+        (lambda: LINE.quantile(torch.tensor([[0.5], [0.0]])), r"^p must lie in \(0, 1\); got 0 to 0.5"),
+        (lambda: LINE.quantile(torch.tensor([[0.5], [1.0]])), r"^p must lie in \(0, 1\); got 0.5 to 1"),
+        (lambda: LINE.quantile(torch.tensor([[0.5], [torch.nan]])), r"^p must lie in \(0, 1\)"),
+        (lambda: LINE.cdf(torch.zeros(4, 1), Cosine(), torch.zeros(3)), r"^t must be a number or have shape \(4,\)"),
         (lambda: MIXTURE.log_prob(torch.zeros(4, 2)), r"^x must have shape \(B, 3\)"),
         (lambda: MIXTURE.score(torch.zeros(3)), r"^x must have shape \(B, 3\)"),
         (lambda: MIXTURE.denoiser(Cosine())(torch.zeros(4, 2), 0.5), r"^x must have shape \(B, 3\)"),

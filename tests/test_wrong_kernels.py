@@ -19,6 +19,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from dgm_course import gan, vae
 from dgm_course.denoisers import Denoiser, clipped
+from dgm_course.distillation import consistency_target, progressive_target, truncated_snr
 from dgm_course.divergences import gaussian_kl, jensen_shannon, standard_kl
 from dgm_course.guidance import classifier, classifier_free
 from dgm_course.likelihood import bits_per_dim, bound, prior_term
@@ -42,6 +43,7 @@ from dgm_course.samplers import (
     langevin,
     langevin_step,
     last,
+    overshoot_step,
     picard,
     predictor_corrector,
 )
@@ -1830,6 +1832,247 @@ CASES["guidance by a classifier"] = Case(
         "not used at all": lambda eps, log_prob, w, x, alpha, sigma: eps,
         "the label's score for its odds": lambda eps, log_prob, w, x, a, s: eps + w * noise_of(x, a, s, 1),
         "a classifier of clean data": lambda eps, log_prob, w, x, a, s: eps - w * s * slope_of(label_odds(1.0, 0.0), x),
+    },
+)
+
+
+# Distillation ---------------------------------------------------------------------------------------------------------
+# On the cosine path. A kernel takes (teacher, x, t, m, s), the teacher (x, t) → x̂_0, and gives the target of one step for two.
+
+
+def on_circle(*times):
+    """(α, σ) of each time."""
+    return [(math.cos(math.pi / 2 * t), math.sin(math.pi / 2 * t)) for t in times]
+
+
+def step_on_circle(x, x0, t, s):
+    (a_t, s_t), (a_s, s_s) = on_circle(t, s)
+    return a_s * x0 + s_s * (x - a_t * x0) / s_t
+
+
+def bent(x, t):
+    """A teacher whose guesses lie within [−1, 1] and change with state and time."""
+    return torch.sin(1.7 * x + 0.4) * (1 - 0.5 * t)
+
+
+def ends_where_two_steps_end(target):
+    """The student's step to it ends where the teacher's two end; also from noise alone, to the data, and where σ_s is tiny."""
+    x = tensor(0.3, -1.2, 0.8, 2.1)
+    for t, m, s in (
+        (0.75, 0.5, 0.25),
+        (1.0, 0.75, 0.5),
+        (0.5, 0.25, 0.0),
+        (1.0, 0.5, 0.0),
+        (0.5, 0.3, 0.01),
+        (0.9, 0.8, 0.1),
+    ):
+        asked, grad = [], x.clone().requires_grad_()
+
+        def teacher(x, t, asked=asked):
+            asked.append(t)
+            return bent(x, t)
+
+        found = target(teacher, grad, t, m, s)
+        assert len(asked) == 2 and not found.requires_grad
+        xm = step_on_circle(x, bent(x, t), t, m)
+        near(step_on_circle(x, found, t, s), step_on_circle(xm, bent(xm, m), m, s))
+        near(found, found.clamp(-1, 1))
+
+
+def typed_two(
+    first=lambda t, m, s: m, second=lambda t, m, s: s, at=lambda t, m: m, state=lambda x, xm: xm, target=None
+):
+    """Two steps of the teacher and the guess of a student that makes them in one; with `target`, what it is told instead."""
+
+    @torch.no_grad()
+    def kernel(teacher, x, t, m, s):
+        x_a = teacher(x, t)
+        xm = step_on_circle(x, x_a, t, first(t, m, s))
+        x_b = teacher(state(x, xm), at(t, m))
+        xs = step_on_circle(xm, x_b, first(t, m, s), second(t, m, s))
+        (a_t, s_t), (a_m, s_m), (a_s, s_s) = on_circle(t, m, s)
+        if target:
+            return target(x, x_a, x_b, xs, *map(np.float64, (a_t, s_t, a_m, s_m, a_s, s_s)))
+        return (s_t * xs - s_s * x) / (s_t * a_s - s_s * a_t)
+
+    return kernel
+
+
+def mean_of_guesses(weight):
+    """(1 − weight)·first + weight·second."""
+    return typed_two(target=lambda x, x_a, x_b, xs, *levels: x_a + weight(*levels) * (x_b - x_a))
+
+
+def by_the_noise_at_the_end(x, x_a, x_b, xs, a_t, s_t, a_m, s_m, a_s, s_s):
+    """ε from x_t by the levels at s, and v of it: it divides by σ_s."""
+    eps = (x - a_s * x_b) / torch.tensor(s_s)
+    return a_t * x - s_t * (a_s * eps - s_s * x_b)
+
+
+def special_case(index):
+    """The published form, with its own line for the step into the data: there the second guess is the target."""
+
+    def target(x, x_a, x_b, xs, a_t, s_t, a_m, s_m, a_s, s_s):
+        general = (xs - s_s / s_t * x) / (a_s - s_s / s_t * a_t)
+        return index(general, x_a, x_b, xs, a_t, s_s)
+
+    return typed_two(target=target)
+
+
+def gradient_kept(teacher, x, t, m, s):
+    xm = step_on_circle(x, teacher(x, t), t, m)
+    xs = step_on_circle(xm, teacher(xm, m), m, s)
+    (a_t, s_t), (a_s, s_s) = on_circle(t, s)
+    return (s_t * xs - s_s * x) / (s_t * a_s - s_s * a_t)
+
+
+CASES["one step for two"] = Case(
+    ends_where_two_steps_end,
+    {
+        "ours": lambda teacher, x, t, m, s: progressive_target(teacher, Cosine(), x, t, m, s),
+        "typed": typed_two(),
+        "a mean by lengths": mean_of_guesses(lambda a_t, s_t, a_m, s_m, a_s, s_s: (
+            1 - (a_m / s_m - a_t / s_t) / (a_s / s_s - a_t / s_t) if s_s else 1.0
+        )),
+        "published, with its case i = 0": special_case(lambda general, x_a, x_b, xs, a_t, s_s: x_b if s_s == 0 else general),
+    },
+    {
+        "t' and t'' swapped": typed_two(first=lambda t, m, s: max(s, 1e-9), second=lambda t, m, s: m),
+        "divides by a tiny σ_s": typed_two(target=by_the_noise_at_the_end),
+        "i = 0 is its first guess": special_case(lambda general, x_a, x_b, xs, a_t, s_s: x_a if s_s == 0 else general),
+        "i = 0 at the end with the noise": special_case(
+            lambda general, x_a, x_b, xs, a_t, s_s: x_b if abs(a_t) < 1e-9 else general
+        ),
+        "i = 0 everywhere": special_case(lambda general, x_a, x_b, xs, a_t, s_s: x_b),
+        "i = 0 is left out": special_case(
+            lambda general, x_a, x_b, xs, a_t, s_s: 0 * x_b if s_s == 0 else general
+        ),
+        "where it ends, not the guess": special_case(lambda general, x_a, x_b, xs, a_t, s_s: xs),
+        "second guess with the first state": typed_two(state=lambda x, xm: x),
+        "second guess at the first time": typed_two(at=lambda t, m: t),
+        "plain mean": mean_of_guesses(lambda *levels: 0.5),
+        "lengths the wrong way round": mean_of_guesses(lambda a_t, s_t, a_m, s_m, a_s, s_s: s_s / (s_s + s_t)),
+        "first guess": mean_of_guesses(lambda *levels: 0.0),
+        "ratio inverted": typed_two(target=lambda x, x_a, x_b, xs, a_t, s_t, a_m, s_m, a_s, s_s: (
+            (s_s * xs - s_t * x) / (s_s * a_s - s_t * a_t)
+        )),
+        "plus for minus": typed_two(target=lambda x, x_a, x_b, xs, a_t, s_t, a_m, s_m, a_s, s_s: (
+            (s_t * xs + s_s * x) / (s_t * a_s + s_s * a_t)
+        )),
+        "ratio of α": typed_two(target=lambda x, x_a, x_b, xs, a_t, s_t, a_m, s_m, a_s, s_s: (
+            (xs - a_t / a_s * x) / (a_s - a_t / a_s * a_t)
+        )),
+        "levels of the middle": typed_two(target=lambda x, x_a, x_b, xs, a_t, s_t, a_m, s_m, a_s, s_s: (
+            (s_m * xs - s_s * x) / (s_m * a_s - s_s * a_m)
+        )),
+        "gradient into the teacher": gradient_kept,
+    },
+)  # fmt: skip
+
+
+# A kernel takes (α, σ), two tensors (B,), and gives the weight of an error in x̂_0.
+
+
+def is_never_below_one(weight):
+    """α²/σ² where that is above 1, and 1 elsewhere, α = 0 included; each sample by itself."""
+    levels = [(0.96, 0.28), (0.6, 0.8), (0.0, 1.0), (0.8, 0.6)]
+    found = weight(*(tensor(*column) for column in zip(*levels, strict=True)))
+    near(found, [max(a * a / s / s, 1.0) for a, s in levels])
+
+
+def our_weight(alpha, sigma):
+    return truncated_snr(Cosine(), 2 / math.pi * torch.atan2(sigma, alpha))
+
+
+CASES["truncated SNR"] = Case(
+    is_never_below_one,
+    {"ours": our_weight, "typed": lambda a, s: torch.where(a > s, a * a / (s * s), 1.0)},
+    {
+        "SNR alone": lambda a, s: (a / s) ** 2,
+        "cut from above": lambda a, s: ((a / s) ** 2).clamp(max=1),
+        "without the square": lambda a, s: (a / s).clamp(min=1),
+        "inverted": lambda a, s: ((s / a) ** 2).clamp(min=1),
+        "SNR + 1": lambda a, s: (a / s) ** 2 + 1,
+        "cut at another number": lambda a, s: ((a / s) ** 2).clamp(min=5),
+        "cut over the batch": lambda a, s: ((a / s) ** 2).mean().clamp(min=1).expand(4),
+    },
+)
+
+
+# A kernel takes (student, teacher, x, t, s) and gives the consistency target.
+
+
+def agrees_one_step_on(target):
+    """What the student says at s where the teacher's step ends, without a gradient for either; at s = 0 that state itself."""
+    x, w = tensor(0.3, -1.2, 0.8), tensor(0.7).requires_grad_()
+    for t, s in ((0.75, 0.5), (1.0, 0.75), (0.25, 0.0)):
+        found = target(lambda x, t: (1 - t) * x + t * w * torch.cos(x), bent, x, t, s)
+        xs = step_on_circle(x, bent(x, t), t, s)
+        assert not found.requires_grad
+        near(found, ((1 - s) * xs + s * 0.7 * torch.cos(xs)))
+
+
+def typed_consistency(at=lambda t, s: s, state=lambda x, xs: xs, by=lambda student, teacher: teacher, detach=True):
+    def target(student, teacher, x, t, s):
+        xs = step_on_circle(x, by(student, teacher)(x, t), t, s)
+        out = student(state(x, xs), at(t, s))
+        return out.detach() if detach else out
+
+    return target
+
+
+CASES["consistency"] = Case(
+    agrees_one_step_on,
+    {"ours": lambda f, d, x, t, s: consistency_target(f, d, Cosine(), x, t, s), "typed": typed_consistency()},
+    {
+        "asked at t": typed_consistency(at=lambda t, s: t),
+        "asked of x_t": typed_consistency(state=lambda x, xs: x),
+        "step by the student": typed_consistency(by=lambda student, teacher: student),
+        "with a gradient": typed_consistency(detach=False),
+        "the teacher's guess": lambda f, d, x, t, s: d(x, t),
+        "the teacher's next guess": lambda f, d, x, t, s: d(step_on_circle(x, d(x, t), t, s), s),
+        "where the step ends": lambda f, d, x, t, s: step_on_circle(x, d(x, t), t, s),
+    },
+)
+
+
+# A kernel takes (x, x0, t, low, s, noise), goes down to low and comes back up to s.
+
+
+def comes_back_up(step):
+    """Mean and variance of a DDIM step and of the forward kernel, composed with numbers; all that is added keeps the marginal."""
+    for t, low, s in ((1.0, 0.5, 0.75), (0.8, 0.0, 0.6), (0.5, 0.25, 0.25), (0.75, 0.25, 0.5)):
+        (a_t, s_t), (a_l, s_l), (a_s, s_s) = on_circle(t, low, s)
+        mean = a_s / a_l * (a_l * 0.4 + s_l * (1.3 - a_t * 0.4) / s_t)
+        spread = math.sqrt(max(s_s**2 - (a_s / a_l * s_l) ** 2, 0.0))
+        for z in (0.0, 1.0, -0.7):
+            near(step(tensor(1.3), tensor(0.4), t, low, s, tensor(z)), [mean + spread * z])
+
+
+def typed_back(up=lambda a_s, a_l: a_s / a_l, spread=None, first=lambda low, s: low):
+    def step(x, x0, t, low, s, noise):
+        (a_l, s_l), (a_s, s_s) = on_circle(low, s)
+        factor = up(a_s, a_l)
+        std = spread(a_s, s_s, a_l, s_l) if spread else math.sqrt(max(s_s**2 - (a_s / a_l * s_l) ** 2, 0.0))
+        return factor * step_on_circle(x, x0, t, first(low, s)) + std * noise
+
+    return step
+
+
+CASES["down and up again"] = Case(
+    comes_back_up,
+    {"ours": lambda x, x0, t, low, s, z: overshoot_step(Cosine(), x, x0, t, low, s, z), "typed": typed_back()},
+    {
+        "only to s": typed_back(first=lambda low, s: s),
+        "not scaled on the way up": typed_back(up=lambda a_s, a_l: 1.0),
+        "α_s for α_s/α_l": typed_back(up=lambda a_s, a_l: a_s),
+        "inverted": typed_back(up=lambda a_s, a_l: a_l / a_s),
+        "variances subtracted": typed_back(spread=lambda a_s, s_s, a_l, s_l: math.sqrt(s_s**2 - s_l**2)),
+        "deviations subtracted": typed_back(spread=lambda a_s, s_s, a_l, s_l: s_s - a_s / a_l * s_l),
+        "all the noise of s": typed_back(spread=lambda a_s, s_s, a_l, s_l: s_s),
+        "variance for deviation": typed_back(spread=lambda a_s, s_s, a_l, s_l: s_s**2 - (a_s / a_l * s_l) ** 2),
+        "no noise": typed_back(spread=lambda *levels: 0.0),
+        "factor not squared": typed_back(spread=lambda a_s, s_s, a_l, s_l: math.sqrt(s_s**2 - a_s / a_l * s_l**2)),
     },
 )
 

@@ -95,6 +95,9 @@ def _start(model: Denoiser, trained: Denoiser) -> None:
     new, old = dict(model.net.named_parameters()), dict(trained.net.named_parameters())
     if strange := [name for name in new.keys() ^ old.keys() if name not in new or not name.startswith("weight.")]:
         raise ValueError(f"start must be a checkpoint of the same network; these weights differ: {sorted(strange)}")
+    for name, values in old.items():
+        if new[name].shape != values.shape and not name.startswith("leave."):
+            raise ValueError(f"start must be a checkpoint of the same network; {name} has another shape there")
     with torch.no_grad():
         for name, values in old.items():
             new[name][: len(values)] = values

@@ -75,14 +75,8 @@ MEASUREMENTS = {
         "path": {"class": "Cosine"},
         "vary": {
             "seed": [0, 1],
-            "sampler": [
-                {"name": "DDIM", "grid": "time", "evaluations": n, "checkpoint": f"mnist-student-{n}"}
-                for n in (1, 2, 4, 8)
-            ]
-            + [
-                {"name": "consistency", "grid": "time", "evaluations": n, "checkpoint": "mnist-consistency"}
-                for n in (1, 2, 4)
-            ]
+            "sampler": [{"name": "DDIM", "grid": "time", "evaluations": n} for n in (1, 2, 4, 8, 16, 32, 64)]
+            + [{"name": "DPM-Solver++(2M)", "grid": "time", "evaluations": n} for n in (2, 4, 8, 16)]
             + [
                 {"name": name, "grid": grid, "evaluations": 4}
                 for name, grid in (
@@ -93,8 +87,14 @@ MEASUREMENTS = {
                     ("DPM-Solver++(2M)", "log-SNR"),
                 )
             ]
-            + [{"name": "DPM-Solver++(2M)", "grid": "time", "evaluations": n} for n in (2, 4, 8, 16)]
-            + [{"name": "DDIM", "grid": "time", "evaluations": n} for n in (1, 2, 4, 8, 16, 32, 64, 128)],
+            + [
+                {"name": "DDIM", "grid": "time", "evaluations": n, "checkpoint": f"mnist-student-{n}"}
+                for n in (8, 4, 2, 1)
+            ]
+            + [
+                {"name": "consistency", "grid": "time", "evaluations": n, "checkpoint": "mnist-consistency"}
+                for n in (1, 2, 4)
+            ],
         },
         "scored with": {"classifier": "mnist-classifier", "samples": 2000, "draws": 1, "spread": True},
     },
@@ -164,7 +164,7 @@ MEASUREMENTS = {
         "path": {"class": "Cosine"},
         "vary": {
             "seed": [0, 1],
-            "w": [0.0, 0.5, 1.0, 2.0, 4.0],
+            "w": [0.0, 1.0, 2.0, 4.0],
             "sampler": [
                 {"name": "DDIM", "grid": "time", "evaluations": 16},
                 {"name": "DDIM", "grid": "time", "evaluations": 16, "checkpoint": "mnist-guided"},

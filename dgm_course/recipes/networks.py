@@ -57,7 +57,7 @@ NETWORKS = {
         "what": "consistency distillation: every point of a path of 16 DDIM steps of mnist-unet says where the path ends",
         "start": "mnist-unet",
         "distils": {"kind": "consistency", "steps": 16},
-        "steps": 4000,
+        "steps": 3000,
         "scored with": JUDGED | {"steps": 1},
     },
     "mnist-dit": {
@@ -97,7 +97,7 @@ NETWORKS = {
         "what": "guided distillation, stage two: 2 steps of DDIM in the place of 4 of mnist-guided-4, told the weight",
         "start": "mnist-guided-4",
         "distils": {"kind": "progressive", "steps": 2, "weights": [0.0, 4.0]},
-        "steps": 2500,
+        "steps": 2000,
         "scored with": JUDGED | {"steps": 2, "w": 1.0},
     },
     "mnist-guided-4": GUIDED
@@ -161,7 +161,7 @@ NETWORKS = {
         "what": "progressive distillation: 1 step of DDIM in the place of 2 of mnist-student-2",
         "start": "mnist-student-2",
         "distils": {"kind": "progressive", "steps": 1},
-        "steps": 3500,
+        "steps": 2000,
         "scored with": JUDGED | {"steps": 1},
     },
     "mnist-student-2": STUDENT
@@ -169,7 +169,7 @@ NETWORKS = {
         "what": "progressive distillation: 2 steps of DDIM in the place of 4 of mnist-student-4",
         "start": "mnist-student-4",
         "distils": {"kind": "progressive", "steps": 2},
-        "steps": 2500,
+        "steps": 2000,
         "scored with": JUDGED | {"steps": 2},
     },
     "mnist-student-4": STUDENT
@@ -177,7 +177,7 @@ NETWORKS = {
         "what": "progressive distillation: 4 steps of DDIM in the place of 8 of mnist-student-8",
         "start": "mnist-student-8",
         "distils": {"kind": "progressive", "steps": 4},
-        "steps": 1500,
+        "steps": 3500,
         "scored with": JUDGED | {"steps": 4},
     },
     "mnist-student-8": STUDENT

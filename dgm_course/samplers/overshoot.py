@@ -19,7 +19,7 @@ def overshoot_step(
     .. math:: x_s = \tfrac{\alpha_s}{\alpha_l}\,x_l + \sqrt{\sigma_s^2 - \tfrac{\alpha_s^2}{\alpha_l^2}\sigma_l^2}\;z,
               \qquad x_l = \alpha_l\hat x_0 + \sigma_l\,\frac{x_t - \alpha_t\hat x_0}{\sigma_t}
 
-    With low = s this is DDIM. With low = 0 nothing of x_t is left but x̂_0: :math:`x_s = \alpha_s\hat x_0/\alpha_0 + \dots z`.
+    With low = s this is DDIM. With low = 0 nothing of x_t is left but x̂_0: :math:`x_s = \alpha_s\hat x_0 + \sigma_s z`, if σ_0 = 0.
 
     Arguments:
         path: The Gaussian path.
@@ -53,7 +53,8 @@ def overshoot(
     r"""The stochastic sampler of a student: every jump goes as far as it is meant to, and noise brings it back up to the next time.
 
     Without `low` it is `ddim`. A student for jumps of 1/4 can be asked at every eighth, times = [1, 7/8, 6/8, …, 2/8, 0] with
-    low = [6/8, 5/8, 4/8, …, 0]: the sampler of Meng et al. With low = [0, …, 0] it is multistep consistency sampling.
+    low = [6/8, 5/8, 4/8, …, 0]: the sampler of Meng et al., whose end is a little different. With low = [0, …, 0] it is multistep
+    consistency sampling.
 
     Arguments:
         denoiser: (x_t, t) → x̂_0, at times[i] meant for the jump to low[i].
@@ -98,10 +99,11 @@ def overshoot(
 
 def overshoot_coefficients(path: GaussianPath, t: Time, low: Time, s: Time):
     alpha_s, var_s, alpha_t, var_t = path.ends(s, t)
+    low = path._time(low, "low")
+    if not bool((low <= path._time(s, "s") + 1e-12).all()):  # low = t − 1/N may round to just above s
+        raise ValueError(f"low must not be above s; got low = {low.tolist()} and s = {s}")
     alpha_low, var_low, *_ = path.ends(low, t)
     up = alpha_s / alpha_low
-    var = var_s - up**2 * var_low  # of the noise from low up to s
-    if not bool((var >= -1e-12).all()):
-        raise ValueError(f"low must not be above s; got low = {low} and s = {s}")
     keep = up * (var_low / var_t).sqrt()
-    return keep, alpha_s - keep * alpha_t, var.clamp(min=0).sqrt()
+    fresh = (var_s - up**2 * var_low).clamp(min=0)  # variance that the way from low up to s adds
+    return keep, alpha_s - keep * alpha_t, fresh.sqrt()

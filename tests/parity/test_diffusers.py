@@ -17,6 +17,10 @@ Where the conventions differ:
 - Their inverse DDIM numbers a step by the time it goes to, t, and takes the state to be at t − T // n; so a network that
   is shown the state's own time, as ours is, must be told t − T // n by the caller. It has no step from the data themselves:
   ours starts at t > 0 as well. Here both start at the first time of their grid but one.
+- Their LCM scheduler takes a guess through c_skip and c_out of its own; with a large timestep_scaling, which is their default's purpose,
+  these are 0 and 1. It comes back up from the data with fresh noise at each time but the last: our `overshoot` with low = 0.
+- Their sines and cosines of a weight have other frequencies where LCM uses them (it divides by d/2 − 1, and multiplies w by 1000);
+  compared is the function below it, with the settings of our time embedding and 10 w.
 - Their transformer block makes its own condition from an index and a label; here that condition is
   given in its place. It does not drop features here, and its perceptron has the same GELU, by tanh.
 """
@@ -30,14 +34,18 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    LCMScheduler,
 )
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from dgm_course.denoisers import Denoiser, clipped
+from dgm_course.distillation import progressive_target
 from dgm_course.nets.dit import DiTBlock
+from dgm_course.nets.embeddings import WeightEmbedding
 from dgm_course.paths import DiscretePath
-from dgm_course.samplers import ddim, ddim_inversion, ddpm, dpm_solver_pp_2m, dpm_solver_pp_2s
+from dgm_course.samplers import ddim, ddim_inversion, ddpm, dpm_solver_pp_2m, dpm_solver_pp_2s, last, overshoot
 from dgm_course.schedules import cosine_betas, linear_betas, sigmoid_betas, zero_terminal
 
 T = 1000
@@ -72,7 +80,7 @@ def pair(xt, t):
 def their_run(scheduler, steps, seed=7, network=network, **options):
     """The states of their loop and the times it visits, as our t; `steps` is a number of them, or their indices."""
     scheduler.set_timesteps(steps) if isinstance(steps, int) else scheduler.set_timesteps(timesteps=steps)
-    if "eta" in options or isinstance(scheduler, DDPMScheduler):
+    if "eta" in options or isinstance(scheduler, (DDPMScheduler, LCMScheduler)):
         options["generator"] = torch.Generator().manual_seed(seed)
     x, states = start(), []
     for i in scheduler.timesteps:
@@ -222,6 +230,59 @@ def test_ddim_inversion(predicts, steps):
         x = scheduler.step(out, i, x).prev_sample
         states.append(x)
     agree(list(ddim_inversion(Denoiser(network, path, predicts), path, start(), times)), states)
+
+
+@pytest.mark.parametrize("predicts", PREDICTS)
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("steps", [2, 8, 50])
+def test_a_student_of_ddim(predicts, clip, steps):
+    """Half as many steps to the targets of progressive distillation visit every second state of their DDIM."""
+    path = DiscretePath(linear_betas(T))
+    scheduler = scheduler_of(DDIMScheduler, path, prediction_type=PREDICTS[predicts], clip_sample=clip)
+    states, times = their_run(scheduler, steps, use_clipped_model_output=True)
+    teacher = Denoiser(network, path, predicts)
+    teacher = clipped(teacher) if clip else teacher
+    half = dict(zip(times[::2], zip(times[1::2], times[2::2], strict=True), strict=False))
+    agree(
+        list(ddim(lambda x, t: progressive_target(teacher, path, x, t, *half[int(t)]), path, start(), times[::2])),
+        states[1::2],
+    )
+
+
+@pytest.mark.parametrize("predicts", PREDICTS)
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("indices", [[999, 759, 499, 259], [999], [999, 19], [979, 599, 579, 39, 19]])
+def test_multistep_consistency(predicts, clip, indices):
+    """Latent consistency sampling: guess the data, noise them up to the next time, end at the last guess."""
+    path = DiscretePath(linear_betas(T))
+    settings = {"prediction_type": PREDICTS[predicts], "clip_sample": clip, "timestep_scaling": 1e8}
+    states, times = their_run(scheduler_of(LCMScheduler, path, **settings), indices)
+    assert times == [index + 1 for index in indices] + [0]
+    d = Denoiser(network, path, predicts)
+    d = clipped(d) if clip else d
+    agree(list(overshoot(d, path, start(), times, low=[0] * len(indices), generator=noise())), states)
+
+
+def test_consistency_with_their_boundary():
+    """With the c_skip and c_out of their default, as part of the student."""
+    path, indices = DiscretePath(linear_betas(T)), [999, 499, 19]
+    scheduler = scheduler_of(LCMScheduler, path, prediction_type="sample", timestep_scaling=0.01, clip_sample=False)
+    states, times = their_run(scheduler, indices)
+
+    def student(xt, t):
+        late = 0.01 * (t - 1)
+        skip, out = 0.25 / (late**2 + 0.25), late / (late**2 + 0.25) ** 0.5
+        return skip * xt + out * network(xt, torch.full((len(xt),), t / T))
+
+    agree([last(overshoot(student, path, start(), times, low=[0, 0, 0], generator=noise()))], states[-1:])
+
+
+def test_weights_of_guidance():
+    """What our embedding of w shows its layers: their sinusoids of 10 w, cosines first, with 10000^(−k/(d/2))."""
+    embedding, w, seen = WeightEmbedding(8, 64), torch.linspace(0, 9, 20), []
+    embedding.layers.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    embedding(w)
+    agree(seen, [get_timestep_embedding(10 * w, 64, flip_sin_to_cos=True, downscale_freq_shift=0)])
 
 
 def test_linear_table():
