@@ -231,7 +231,7 @@ torch.func.grad(torch.sum)(torch.ones(1))  # its first call loads for seconds: b
 #
 # with $(c, d) = (1, 0)$ for $x_0$, $(0, 1)$ for $\epsilon$, $(-\sigma_t, \alpha_t)$ for $v$ and $(\alpha'_t, \sigma'_t)$ for the velocity of $x_t$.
 #
-# It looks natural to work out $\tilde x_0$ first, and then $\tilde\epsilon = (x_s-\alpha_s\tilde x_0)/\sigma_s$. But $\sigma_s$ is small or 0 at the end of every sampler. (Section 1.3 of the notebook has public code that divides by it in yet another way; a user found the targets exploding.) To divide by $\alpha_t$ fails at the other end.
+# It looks natural to work out $\tilde x_0$ first, and then $\tilde\epsilon = (x_s-\alpha_s\tilde x_0)/\sigma_s$. But $\sigma_s$ is small or 0 at the end of every sampler. (The public code at the end of the notebook's section 1.3 is another case. Its `sigma_s` is the $\sigma$ of $x_t$, the right one, and even so it may become tiny.) To divide by $\alpha_t$ fails at the other end.
 #
 # **Write** `network_target(xt, xs, alpha_t, sigma_t, alpha_s, sigma_s, of_x0, of_eps)`, which gives the $r$ that a student must say at $x_t$ to land in $x_s$.
 #
@@ -281,7 +281,7 @@ if hw.check(network_target):
     plots.curves(Cosine().sigma(ends), off, "σ_s", "largest error of v", logx=True, logy=True)
 
 # %% [markdown]
-# **What to see.** The largest error of the target $v$ over 1,000 numbers in float32, for steps from $t = 0.6$ down to ever cleaner $x_s$. Both formulas are the same on paper. One of them loses a digit whenever $\sigma_s$ loses one: $x_s$ is known to seven digits, and what it tells of the noise is in the last of them. (In float16, in which large networks are trained, four digits are all there are.)
+# **What to see.** The largest error of the target $v$ over 1,000 numbers in float32, for steps from $t = 0.6$ down to ever cleaner $x_s$. Both formulas are the same on paper. One of them loses a digit whenever $\sigma_s$ loses one: $x_s$ is known to seven digits, and what it tells of the noise is in the last of them. (In float16, in which large networks often run, there are little more than three digits in all.)
 #
 # **Question.** On `Straight()`, with $\alpha = 1-t$ and $\sigma = t$, let the student predict the velocity, $(c, d) = (-1, 1)$. What does your formula become? And if the teacher makes several steps from $t$ to $s$: which mean of the teacher's own velocities is the target?
 #
@@ -298,7 +298,7 @@ if hw.check(network_target):
 #
 # $$D_i = \Bigl(1+\frac1{2r_i}\Bigr)\hat x_i-\frac1{2r_i}\hat x_{i-1},\qquad r_i = \frac{\lambda_{t_i}-\lambda_{t_{i-1}}}{\lambda_{t_{i+1}}-\lambda_{t_i}},\qquad\lambda = \log\frac\alpha\sigma .$$
 #
-# The student is as before: it makes **one DDIM step** from $t_0$ to $t_K$. What it must say is again a sum of the teacher's guesses, $\tilde x_0 = \sum_i w_i\,\hat x_i$, with weights that depend on the times alone and sum to 1. But they are others.
+# The student is as before: it makes **one DDIM step** from $t_0$ to $t_K$. What it must say is again a sum of the teacher's guesses, $\tilde x_0 = \sum_i w_i\,\hat x_i$, with weights that depend on the times and the path alone and sum to 1. But they are others.
 #
 # **Write** `many_in_one(teacher, x, times, alphas, sigmas)`, which gives the target and the weights.
 #
@@ -309,7 +309,7 @@ if hw.check(network_target):
 #
 # <details><summary>Hint 1</summary>
 #
-# First forget $\hat x_i$ and think in $D_i$. Divide a step by the σ of its end: what does it add to $x/\sigma$? Then add up the steps. For $\sigma_{t_K} = 0$ multiply all lengths by it first.
+# First forget $\hat x_i$ and think in $D_i$. Divide a step by the σ of its end: what does it add to $x/\sigma$? Then add up the steps. If $\sigma_{t_K} = 0$, the last length is infinite. So multiply all lengths by $\sigma_{t_K}$ on paper, before it becomes 0: their ratios stay.
 #
 # </details>
 #
@@ -383,7 +383,7 @@ if hw.check(many_in_one):
 # - `alpha`, `sigma`, `of_x0`, `of_eps`: $\alpha, \sigma, c, d$ of each sample, float64, (B,), on **any path**. `least`: $\gamma\ge0$, a Python float.
 # - Returns $w_r$, float64, (B,). Each sample has its own.
 # - $\sigma = 0$ is allowed where the network says something about $\epsilon$. There SNR is infinite, and the error of $\hat x_0$ is 0 all the same, because $x_t$ gives $x_0$ away: $w_r$ is finite. $\alpha = 0$ is allowed where the network says something about $x_0$.
-# - If for *any* sample $r$ does not determine $x_0$ (it is a multiple of $x_t$: $\epsilon$ at $\alpha = 0$, $x_0$ at $\sigma = 0$), no finite weight makes the losses the same. Raise a `ValueError` whose message names `of_x0` and `of_eps`.
+# - If for *any* sample $r$ is a multiple of $x_t$ ($\epsilon$ at $\alpha = 0$, $x_0$ at $\sigma = 0$), it says nothing that $x_t$ does not, and no finite weight makes the losses the same. Raise a `ValueError` whose message names `of_x0` and `of_eps`, whatever $\gamma$ is.
 #
 # <details><summary>Hint</summary>
 #
@@ -402,7 +402,7 @@ def network_weight(alpha: Tensor, sigma: Tensor, of_x0: Tensor, of_eps: Tensor, 
         least: The floor under the SNR.
 
     Raises:
-        ValueError: If for any sample the network's output does not determine x_0.
+        ValueError: If for any sample the network's output is a multiple of x_t.
     """
     # BEGIN SOLUTION
     lever = of_x0 * sigma - of_eps * alpha  # σ times what δ does to the output
@@ -442,7 +442,7 @@ if hw.check(network_weight):
 #
 # Guidance costs two evaluations in each step. In stage one, a student that is told $w$ learns to say both at once. A loss that runs is soon written; that it is *this* loss, with each sample's own $w$, label, time and weight, and with the target in the range where the teacher is sampled, is for a test to say. So you give the gradient and the loss, as exact functions of all that is random.
 #
-# Teacher and student are the small networks `network_v` of above. Both say $v$, on a path with $\alpha^2+\sigma^2 = 1$, so $\hat x_0 = \alpha x_t-\sigma v$. The teacher does not care for $w$: its $b$ and $d$ are 0. With the $w$ of Algorithm 2 of the guidance slides (0 is the plain conditional model; the slide of the loss has the same),
+# Teacher and student are the small networks `network_v` of above. Both say $v$, on a path with $\alpha^2+\sigma^2 = 1$, so $\hat x_0 = \alpha x_t-\sigma v$. The teacher does not care for $w$: its $b$ and $d$ are 0. (These are numbers of the network; the $c, d$ of exercise 1 are others.) With the $w$ of Algorithm 2 of the guidance slides (0 is the plain conditional model; the slide of stage one has the same),
 #
 # $$\hat x_0^w = \mathrm{clip}\bigl((1+w)\,\hat x_0(x_t, y)-w\,\hat x_0(x_t, \emptyset)\bigr),\qquad L = \mathbb E\,\bigl[\max(\mathrm{SNR}, 1)\,\bigl(\hat x_0^{student}(x_t, y, w)-\hat x_0^w\bigr)^2\bigr].$$
 #
@@ -540,7 +540,7 @@ if hw.check(guided_gradient):
 # - `eta`: float64, (N,), at least 0: one for each step. `times`: float64, (N + 1,), descending. They may begin at 1 and end at 0.
 # - Returns `(low, most)`: the times $l$ and the largest $\eta$, both float64, (N,).
 # - In a step to $s = 0$ nothing is left to choose: $l = 0$. The formula for the largest $\eta$ has a value there, too; return it.
-# - If any $\eta$ is above the largest of its step there is no such jump. Raise a `ValueError` whose message names `eta`.
+# - If any $\eta$ is above the largest of its step, in the step to 0 too, refuse it: raise a `ValueError` whose message names `eta`.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -572,10 +572,11 @@ def jumps_for(eta: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     # BEGIN SOLUTION
     tau = (math.pi / 2 * times).tan() ** 2
     room = 1 - tau[1:] / tau[:-1]  # β̃/σ_s²
-    old = 1 - eta**2 * room
-    if (old < 0).any():
-        raise ValueError(f"eta must be at most {(room**-0.5).tolist()}; got {eta.tolist()}")
-    return (tau[1:] * old).sqrt().atan() * 2 / math.pi, room**-0.5
+    most = room**-0.5
+    if (eta > most).any():
+        raise ValueError(f"eta must be at most {most.tolist()}; got {eta.tolist()}")
+    old = (1 - eta**2 * room).clamp(min=0)  # at the largest η, rounding may leave it just below 0
+    return (tau[1:] * old).sqrt().atan() * 2 / math.pi, most
     # END SOLUTION
 
 
@@ -611,7 +612,7 @@ if hw.check(jumps_for):
 #
 # ●●●●○ · 30 minutes · read again: sections 6.1 and 6.2 of notebook 08
 #
-# A consistency function says where the path of the ODE from $x_t$ ends. It agrees with itself all along a path, and at the end it says the state itself. Agreement alone is easy to have: a function that always says 7 agrees with itself. The end is what ties it to the truth, so it had better be built in. In notebook 08 it came for free, since $\alpha x-\sigma v$ is $x$ where $\sigma = 0$. In practice one stops a little above the data, at a time with $\sigma>0$, because there the ODE is stiff and the teacher is bad. Let the table begin there: **in this exercise $\sigma_0>0$**, and still $\alpha^2+\sigma^2 = 1$.
+# A consistency function says where the path of the ODE from $x_t$ ends. It agrees with itself all along a path, and at the end it says the state itself. Agreement alone is easy to have: a function that always says 7 agrees with itself. The end is what ties it to the truth, so it had better be built in. In notebook 08 it came for free, since $\alpha x-\sigma v$ is $x$ where $\sigma = 0$. In practice one often stops a little above the data, at a time with $\sigma>0$: further down the slope of the ODE is made with a division by a tiny $\sigma$, and the teacher's errors grow with it. Let the table begin at such a time: **in this exercise $\sigma_0>0$**, and still $\alpha^2+\sigma^2 = 1$.
 #
 # The student's network says $v$, by two numbers for each time: $F(x, t) = \theta_{0, t}\,x+\theta_{1, t}$. Its consistency function is where **one DDIM step from $t$ to the time 0** would lead, if $F$ were the $v$:
 #
@@ -625,8 +626,8 @@ if hw.check(jumps_for):
 #
 # **Write** `consistency_gradient(theta, teacher, xt, t, s, alphas, sigmas)`, which gives the gradient of $L$, and $L$.
 #
-# - `theta`: (2, T + 1). `xt`: (B, …). Both are float32, or both float64. `t`, `s`: int64, (B,), with 0 ≤ s < t ≤ T: each sample has a step of its own. `alphas`, `sigmas`: a path as above; $\alpha_T = 0$ is allowed.
-# - `teacher`: a function of samples (B, …) and their times (B,), that returns $\hat x_0$, (B, …).
+# - `theta`: (2, T + 1). `xt`: (B, …). Both are float32, or both float64. `t`, `s`: int64, (B,), with 0 ≤ s < t ≤ T: each sample has a step of its own. `alphas`, `sigmas`: the path of this exercise, with $\sigma_0>0$ and $\alpha^2+\sigma^2 = 1$; $\alpha_T = 0$ is allowed.
+# - `teacher`: a function of samples (B, …) and their times, int64 (B,), that returns $\hat x_0$, (B, …).
 # - Returns `(gradient, loss)`: $\partial L/\partial\theta$, of the shape of `theta`, and $L$, of shape (). Neither is to carry a graph of its own.
 #
 # <details><summary>Hint 1</summary>
@@ -694,7 +695,7 @@ if hw.check(consistency_gradient):
 # **Question.** (a) Suppose that the network said $f$ itself, without $c_{\text{skip}}$ and $c_{\text{out}}$. Which students have the loss 0? (b) Let the gradient flow into the target, too. In this training the loss then falls below 0.001 in 50 steps, where with the stopped gradient it is still more than ten times as large. Yet after those 50 steps the student is further off at the place 1 than yours is, by more than a factor of five. How can both be? Which of the two numbers would you watch?
 #
 # <!-- BEGIN SOLUTION -->
-# (a) Every one that is constant along the teacher's paths: all constants, and any function of where the path ends. The loss asks for agreement alone. (b) The steps are short, so neighbours in time see nearly the same state, and a student of any smooth kind nearly agrees with itself: the loss is small whether it is right or not. With the gradient in both, the two sides of each pair move towards each other. That makes the loss fall fast, and it pulls the answers at the place 1 as much towards the wrong ones at 2 as those at 2 towards the right ones at 1; what is known at the end of the path is diluted. With the stopped gradient information flows one way, from the end of the path upwards; a time that is right stays right. (Here both arrive in the end, for there is a student with the loss 0. A real network has none, and then it matters who gives way.) So watch what you want: here the error against the teacher's ends, for images the quality of samples. A consistency loss is comparable only with itself.
+# (a) Every one that is constant along the teacher's paths: all constants, and any function of where the path ends. The loss asks for agreement alone. (b) The steps are short, so neighbours in time see nearly the same state, and a student of any smooth kind nearly agrees with itself: the loss is small whether it is right or not. With the gradient in both, the two sides of each pair move towards each other. That makes the loss fall fast, and it pulls the answers at the place 1 as much towards the wrong ones at 2 as those at 2 towards the right ones at 1; what is known at the end of the path is diluted. (At the places 8 and 12, where after 50 steps neither student is right, this one may even be the nearer.) With the stopped gradient information flows one way, from the end of the path upwards; a time that is right stays right. (Here both arrive in the end, for there is a student with the loss 0. A real network has none, and then it matters who gives way.) So watch what you want: here the errors against the teacher's ends, at all places, and for images the quality of samples. A consistency loss is comparable only with itself.
 # <!-- END SOLUTION -->
 
 # %% [markdown]
