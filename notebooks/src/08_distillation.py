@@ -46,6 +46,7 @@ import torch
 from dgm_course import checkpoints, data, distillation, guidance, measures, nets, samplers, tables, toy, training
 from dgm_course.checks import claim, show_source
 from dgm_course.denoisers import Denoiser, clipped
+from dgm_course.metrics import precision_recall
 from dgm_course.paths import Cosine, DiscretePath
 from dgm_course.schedules import linear_betas
 from dgm_course.viz import plots, style, widgets
@@ -54,6 +55,7 @@ g = torch.Generator().manual_seed(0)  # where nearly all chance comes from
 double, path = torch.float64, Cosine()
 
 
+# %%
 def normal(*shape):
     return torch.randn(*shape, generator=g, dtype=double)
 
@@ -664,13 +666,25 @@ ax.set_xticks([], minor=True)
 made
 
 # %%
+four = [row for row in table["rows"] if row["sampler"]["evaluations"] == 4 and "checkpoint" not in row["sampler"]]
+best = {seed: min(row["Fréchet distance"] for row in four if row["seed"] == seed) for seed in (0, 1)}
+claim("seven samplers without a student were tried at 4 evaluations", len(four) == 7 * len(best))
+of_four = dict(zip((0, 1), distance["students"][:, asked["students"].tolist().index(4)].tolist(), strict=True))
+claim("4: the student's distance is below the best of them, in both seeds", all(of_four[i] < best[i] for i in best))
+full = mean_fd["DDIM"][64]
+claim("4: it lies within 10 % of the teacher's with 64 evaluations", mean_fd["students"][4] < 1.1 * full)
+claim("8: DDIM without a student is as good, to 10 %", abs(mean_fd["students"][8] / mean_fd["DDIM"][8] - 1) < 0.1)
 for n in (1, 2):
     claim(f"{n}: the student's distance is less than half of DDIM's", mean_fd["students"][n] < mean_fd["DDIM"][n] / 2)
+ahead = [mean_fd["consistency"][n] - mean_fd["students"][n] for n in (1, 2, 4)]
+claim(
+    "consistency: behind the student of 1 step, not behind those of 2 and 4", ahead[0] > 0.01 > max(ahead[1:]) + 0.005
+)
 
 # %% [markdown]
-# The fewer evaluations, the more a student is ahead. With one, the solvers have only the mean of a class to offer, whatever their order.
+# With 8 evaluations a student gains nothing here: DDIM alone is as good. With 4 it gains a little, about a tenth over the best of seven samplers. With 2 and 1 it gains almost everything. There the solvers have little more to offer than the mean of a class, whatever their order. (Digits are easy for a solver. Where it needs 50 steps, as for large images, a student pays earlier.)
 #
-# A student is taught to end where its teacher ends. So the dashed line is the goal, and how far a student lies above it is what its training did not manage.
+# A student is taught to end where its teacher ends. So the dashed line is the goal, and how far a student lies above it is what its training did not manage. The line of DDIM is lowest near 8 and 16 evaluations and then rises a little: with this network the ODE itself is not the best sampler (notebook 07, section 5.1).
 #
 # Is the table about this code? The first samples of two rows, drawn anew:
 
@@ -686,7 +700,7 @@ for setting in (
     claim(f"{setting.get('checkpoint', '2M')}: the brightness of the row's first 20 digits agrees to 0.002", same)
 
 # %% [markdown]
-# **What did it cost?** From the cards, in steps of training, and in minutes on one thread of a machine that had other work to do. Each of a student's steps asks the teacher twice.
+# **What did it cost?** From the cards, in steps of training, and in minutes on the machine that the card names, which had other work to do. Each of a student's steps asks the teacher twice.
 
 # %%
 cards = {name: checkpoints.load(name).card for name in ["mnist-unet"] + [f"mnist-student-{n}" for n in (8, 4, 2, 1)]}
@@ -909,12 +923,24 @@ w_at = deterministic["teacher, 32"][0].tolist()
 guided_fd = deterministic["teacher, 32"][1].mean(0)
 claim("the teacher: more guidance than w = 1, larger distance", (guided_fd[w_at.index(1.0) :].diff() > 0).all())
 counted_w = measured(over_w, "evaluations", "w", checkpoint=None, name="DDIM")[1]
+ratio = torch.stack([deterministic[name][1].mean(0) for name in list(deterministic)[1:]]) / guided_fd
+claim(
+    "w = 1, 2 and 4: every student's distance is within 20 % of the teacher's", ((ratio[:, 1:] - 1).abs() < 0.2).all()
+)
+claim(
+    "w = 0: stage one is at least 5 % above the teacher, and 2 steps at least 20 %",
+    min(ratio[0, 0] - 0.05, ratio[3, 0] - 0.2) > 1,
+)
 claim(
     "the teacher was asked 16 times for a sample at w = 0, and 32 times with guidance",
     counted_w[0].tolist() == [16, 32, 32, 32],
 )
 
 # %% [markdown]
+# **The students follow their teacher.** With guidance the distance grows with $w$, and it grows for all of them alike; the two-step student lies about an eighth above its teacher, at a sixteenth of the evaluations. At $w = 0$, without guidance, they follow worst, the more so the fewer the steps. There the teacher is at its best, and section 5.2 showed how the student drifted off it.
+#
+# On the right, with fresh noise, the lines lie closer together and partly below the teacher's. A student that draws noise between its jumps can mend some of what the jump before did wrong; section 6.3 meets this again. It asks for more evaluations: 3, 7 and 15 and not 2, 4 and 8.
+#
 # **The saving.** In evaluations it is exact: 32 against 2, 4, 8 or 16. In seconds? On this machine, in one run, a guided digit of the teacher against one of the student of 2 steps. Only the ratio matters; the bound is wide, as the machine has other things to do.
 
 # %%
@@ -1110,13 +1136,13 @@ claim("asked along the teacher's ways, the student is farther off their ends at 
 claim("  and at t = ½ farther than at t = ⅛", off[8] > off[14])
 
 # %% [markdown]
-# The truth has come up to $t = 1$, but some of it was lost on the way. Section 4.2's figure compares what the two ways of distilling made of about the same teacher: the progressive student of $n$ steps knows $n$ times, the consistency student all sixteen, with one network. In that it does more: the *same* network serves 1, 2 and 4 evaluations.
+# The truth has come up to $t = 1$, but some of it was lost on the way: with one evaluation the consistency student is behind the progressive one. With 2 and 4 it is as good or better, and one network serves all three. Fresh noise helps here: what the first jump did wrong, the next one mends. (Section 4.2 has the figure. Both had the same teacher, but not the same training: 3,000 steps here, 8,500 in the chain of four.)
 #
 # ## 7. What is lost
 #
-# ### 7.1 Diversity
+# ### 7.1 Sharpness, not diversity
 #
-# The Fréchet distance mixes two things. Precision asks whether a sample could be a real digit, recall whether a real digit could be a sample (notebook 04). *Which of the two do you expect to suffer first?*
+# The Fréchet distance mixes two things. Precision asks whether a sample could be a real digit, recall whether a real digit could be a sample (notebook 04). It is often said that distillation costs diversity. *Which of the two do you expect to suffer first?*
 
 # %%
 made, axes = plots.panels(2, width=10.4, height=3.8)
@@ -1125,10 +1151,42 @@ for ax, what in zip(axes, ("precision", "recall"), strict=True):
     plots.curves(asked, values, "evaluations", what, logx=True, colors=inks, ax=ax)
     ax.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
     ax.set_xticks([], minor=True)
+    ax.set_ylim(0.68, 0.94)
 made
 
+# %%
+spread = {}
+for what in ("precision", "recall"):
+    asked, values = lines_of(what)
+    spread[what] = {
+        kind: dict(zip(n.int().tolist(), values[kind].mean(0).tolist(), strict=True)) for kind, n in asked.items()
+    }
+away = [spread["recall"]["students"][n] - spread["recall"]["DDIM"][16] for n in (8, 4, 2, 1)]
+claim("recall: every student keeps the teacher's, to 0.03", max(map(abs, away)) < 0.03)
+claim(
+    "DDIM with 2 evaluations has lost more than 0.1 of it",
+    spread["recall"]["DDIM"][2] < spread["recall"]["DDIM"][16] - 0.1,
+)
+sharp = spread["precision"]["students"]
+claim("precision: the student of 1 step is below that of 8", sharp[1] < sharp[8] - 0.01)
+
 # %% [markdown]
-# A student is trained by a squared error, and a squared error asks for a mean. Where the map from noise to digit is steep, a network that is not sharp enough says something in between, though each target is one digit. A kind of digit that only a small region of noises leads to, with steep places all around, may be smoothed away.
+# (DDIM with one evaluation lies far below both pictures: its recall is 0.) For these students it is the other way round. **Recall stays, and precision falls.** DDIM with few steps loses recall: it draws means, clean and all alike.
+#
+# Look again at the rows of section 4.1. The digits of one step are the teacher's, with smudges. Where the map from noise to digit is steep, a network that is not sharp enough says something in between, though each target is one digit. Is a smudge a matter of precision, then? Test the measure itself. Take real digits, put blurred noise on them, and compare them with other real digits.
+
+# %%
+pool, kinds_of = data.images(data.load("mnist", "test"))
+mixed = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))
+others, digits = judge.features(pool[mixed[:1000]]), pool[mixed[1000:2000]]
+grain = torch.randn(digits.shape, generator=torch.Generator().manual_seed(1))
+smudge = 0.6 * torch.nn.functional.avg_pool2d(grain, 3, stride=1, padding=1)
+clean, smudged = (precision_recall(others, judge.features(x)) for x in (digits, (digits + smudge).clamp(-1, 1)))
+claim("smudged real digits: precision falls by more than 0.04", smudged[0] < clean[0] - 0.04)
+claim("their recall stays, to 0.03", abs(smudged[1] - clean[1]) < 0.03)
+
+# %% [markdown]
+# So it is: the same pattern. Mind what recall does not see. It counts a real digit as reached if it lies in a ball around some sample, and the balls are as wide as samples are apart. It would not notice that a rare kind of digit is drawn half as often. A kind that only a small region of noises leads to, with steep places all around, may be smoothed away: the points on the bridges in section 2.3 are of this sort.
 #
 # ### 7.2 Likelihood
 #
@@ -1226,7 +1284,7 @@ claim("the teacher with 256 steps: right, to 3 %", (width(ways(teacher, 256, man
 # - The weight must not vanish at $t = 1$, and the network must not predict noise there.
 # - Stage one folds guidance and its weight into one evaluation; stage two halves the steps. Down and up again is DDIM with fresh noise; ancestral sampling jumps twice as far in $\lambda$ and goes half of it back.
 # - A consistency function sends each point to the end of its path; in one dimension it is $F_0^{-1}\circ F_t$. In its training the truth travels up from $t = 0$.
-# - Lost are diversity, the likelihood, the freedom to choose the steps; and the teacher's faults stay.
+# - Lost are some sharpness, the likelihood, the freedom to choose the steps; and the teacher's faults stay. Recall was not lost here; DDIM with as few evaluations loses it.
 #
 # **Pitfalls**
 #
