@@ -927,10 +927,7 @@ ratio = torch.stack([deterministic[name][1].mean(0) for name in list(determinist
 claim(
     "w = 1, 2 and 4: every student's distance is within 20 % of the teacher's", ((ratio[:, 1:] - 1).abs() < 0.2).all()
 )
-claim(
-    "w = 0: stage one is at least 5 % above the teacher, and 2 steps at least 20 %",
-    min(ratio[0, 0] - 0.05, ratio[3, 0] - 0.2) > 1,
-)
+claim("w = 0, without guidance: the student of 2 steps is at least 20 % above it", ratio[3, 0] > 1.2)
 claim(
     "the teacher was asked 16 times for a sample at w = 0, and 32 times with guidance",
     counted_w[0].tolist() == [16, 32, 32, 32],
