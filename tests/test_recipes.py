@@ -582,7 +582,13 @@ def test_a_start_must_fit(tmp_path, base):
         recipes.RECIPES["tiny"] = IMPROVED | {"net": IMPROVED["net"] | change}
         with pytest.raises((ValueError, RuntimeError)):
             recipes.train("tiny", out=tmp_path / "runs")
-    for change in ({"blocks": [1, 2]}, {"blocks": [2, 1]}, {"attention": True}, {"num_classes": 0}):
+    for change in (
+        {"blocks": [1, 2]},
+        {"blocks": [2, 1]},
+        {"attention": True},
+        {"num_classes": 20},
+        {"num_classes": 0},
+    ):
         recipes.RECIPES["tiny"] = IMPROVED | {"net": IMPROVED["net"] | change}
         with pytest.raises(
             ValueError, match="^start must be a checkpoint of the same network; these weights differ: \\['"
