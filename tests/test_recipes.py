@@ -578,7 +578,7 @@ def test_a_stopped_improved_network_goes_on(tmp_path, base, monkeypatch):
 
 def test_a_start_must_fit(tmp_path, base):
     """Another network than the one that it starts from, but for more channels at its end, is refused before any training."""
-    for change in ({"channels": [16, 16]}, {"condition": 32}, {"fold": 1}):
+    for change in ({"channels": [16, 16]}, {"condition": 32}, {"fold": 1}, {"num_classes": 20}):
         recipes.RECIPES["tiny"] = IMPROVED | {"net": IMPROVED["net"] | change}
         with pytest.raises((ValueError, RuntimeError)):
             recipes.train("tiny", out=tmp_path / "runs")
@@ -586,7 +586,6 @@ def test_a_start_must_fit(tmp_path, base):
         {"blocks": [1, 2]},
         {"blocks": [2, 1]},
         {"attention": True},
-        {"num_classes": 20},
         {"num_classes": 0},
     ):
         recipes.RECIPES["tiny"] = IMPROVED | {"net": IMPROVED["net"] | change}
