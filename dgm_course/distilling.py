@@ -1,4 +1,4 @@
-"""What the students of `distillation` are trained on, and how they are scored.
+"""What the students of `distillation` are trained on.
 
 The card's "distils" says how: {"kind": "progressive", "steps": N}, "guidance" or "consistency"; with "weights", [low, high], the student is
 told a weight of guidance. The checkpoint that it starts from is its teacher.
