@@ -4,13 +4,27 @@ A function here gets a card, the model and the training images, and returns thre
 and a score on test images.
 """
 
+import math
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from dgm_course import checkpoints, data, distilling, flows, gan, likelihood, losses, metrics, samplers, training, vae
+from dgm_course import (
+    checkpoints,
+    data,
+    distilling,
+    flows,
+    gan,
+    likelihood,
+    losses,
+    metrics,
+    nets,
+    samplers,
+    training,
+    vae,
+)
 from dgm_course.denoisers import Denoiser, clipped
 
 __all__ = ["bits", "objective", "quality"]
@@ -25,7 +39,14 @@ def objective(card: dict, model: nn.Module, x: Tensor, y: Tensor) -> Objective:
         return *distilling.distilling(card, model, x, y), _student_score(card)
     if isinstance(model, Denoiser) and model.learned_variance:
         return _denoising_with_variance(card, model, x, y)
-    kinds = {Denoiser: _denoising, flows.Flow: _flow, vae.VAE: _vae, gan.GAN: _gan, nn.Module: _classification}
+    kinds = {
+        Denoiser: _denoising,
+        flows.Flow: _flow,
+        vae.VAE: _vae,
+        gan.GAN: _gan,
+        nets.LanguageModel: _language,
+        nn.Module: _classification,
+    }
     return next(kind for cls, kind in kinds.items() if isinstance(model, cls))(card, model, x, y)
 
 
@@ -132,6 +153,26 @@ def _noisy_classification(card: dict, x: Tensor, y: Tensor) -> Objective:
                 )
             shares[f"accuracy at t = {t}"] = round((guesses == y).double().mean().item(), 4)
         return shares
+
+    return loss, draw, score
+
+
+def _language(card: dict, model: nn.Module, x: Tensor, y: Tensor) -> Objective:
+    """The cross-entropy of the next byte, in pieces of the text that start anywhere; scored in bits for each byte of a test text."""
+    offsets = torch.arange(model.length + 1)
+
+    def draw(step):
+        g = _chosen(card, len(x), step)[1]
+        return {"x": x[torch.randint(len(x) - model.length, (card["batch"], 1), generator=g) + offsets]}
+
+    def loss(model, x):
+        return nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+
+    def score(model, x, y):
+        pieces = x[: len(x) // len(offsets) * len(offsets)].view(-1, len(offsets))
+        with torch.no_grad():
+            nats = torch.cat([loss(model, part)[None] * len(part) for part in pieces.split(64)]).sum() / len(pieces)
+        return {"test bits per byte": round(nats.item() / math.log(2), 4)}
 
     return loss, draw, score
 

@@ -1,4 +1,4 @@
-"""What the tests know without the package: closed forms in 40 digits, Bayes on a grid, a mixture and its exact flow.
+"""What the tests know without the package: closed forms in 40 digits, attention by loops, Bayes on a grid, a mixture and its exact flow.
 
 Nothing here calls a kernel for an expected value; paths are built here only to stand beside their closed forms.
 """
@@ -111,6 +111,38 @@ def known_rates(name: str, t) -> tuple[float, float]:
 def lookup(name: str, times, which) -> torch.Tensor:
     """A closed form over several times, float64, shape (len(times),) of alpha or sigma (`which` 0 or 1)."""
     return torch.tensor([known(name, t)[which] for t in times], dtype=torch.float64)
+
+
+# Attention, by loops --------------------------------------------------------------------------------------------------
+
+
+def typed_attention(attention, h, context=None, prefix=None, causal=False):
+    """Head by head, token by token, by numpy: the weights (B, heads, N, P + M) and the output (B, N, width).
+
+    The maps of `attention` are its layers `query`, `key`, `value` and `out`. A prefix, (2, P, width), stands before the keys and
+    values of the context, h itself if not given; with `causal` a token sees the prefix, itself and what stands before it.
+    """
+    own = {name: value.detach().numpy() for name, value in attention.named_parameters()}
+    context = h if context is None else context
+    q, k, v = (
+        x.detach().numpy() @ own[f"{name}.weight"].T + own[f"{name}.bias"]
+        for name, x in (("query", h), ("key", context), ("value", context))
+    )
+    length = 0 if prefix is None else prefix.shape[1]
+    if length:
+        k, v = (
+            np.concatenate([np.broadcast_to(part, (len(q), *part.shape)), x], axis=1)
+            for part, x in zip(prefix.detach().numpy(), (k, v), strict=True)
+        )
+    heads, d = attention.heads, q.shape[2] // attention.heads
+    weights, mixed = np.zeros((len(q), heads, q.shape[1], k.shape[1])), np.zeros(q.shape)
+    for b, head, n in np.ndindex(weights.shape[:3]):
+        part = slice(head * d, (head + 1) * d)
+        seen = range(length + n + 1 if causal else k.shape[1])
+        score = [np.exp(q[b, n, part] @ k[b, m, part] / np.sqrt(d)) for m in seen]
+        weights[b, head, n, : len(seen)] = np.array(score) / sum(score)
+        mixed[b, n, part] = sum(weights[b, head, n, m] * v[b, m, part] for m in seen)
+    return torch.from_numpy(weights), torch.from_numpy(mixed @ own["out.weight"].T + own["out.bias"])
 
 
 # Bayes, twice ---------------------------------------------------------------------------------------------------------

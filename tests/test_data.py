@@ -1,9 +1,10 @@
-"""The embedded images are the ones that were shipped, and arrive as kernels want them."""
+"""The embedded images and texts are the ones that were shipped, and arrive as kernels want them."""
 
 import hashlib
 import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -82,13 +83,12 @@ def test_embedded_images(name, split):
     assert data.content_hash(x, y) == hashlib.sha256(content).hexdigest()
 
 
-@pytest.mark.parametrize(("name", "split"), FILES)
-def test_embedded_files_have_the_listed_hashes(name, split):
-    """`hashes.json` lists the SHA-256 sum of each file."""
-    file = data.FOLDER / f"{name}-{split}.parquet"
+@pytest.mark.parametrize("name", [*(f"{name}-{split}.parquet" for name, split in FILES), "prose.txt", "code.txt"])
+def test_embedded_files_have_the_listed_hashes(name):
+    """`hashes.json` lists the SHA-256 sum of each file, and of no others."""
     listed = json.loads((data.FOLDER / "hashes.json").read_text())
-    assert listed[file.name] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert sorted(listed) == sorted(f"{name}-{split}.parquet" for name, split in FILES)
+    assert listed[name] == hashlib.sha256((data.FOLDER / name).read_bytes()).hexdigest()
+    assert set(listed) == {file.name for kind in ("*.parquet", "*.txt") for file in data.FOLDER.glob(kind)}
 
 
 def test_mnist_is_mnist():
@@ -200,6 +200,29 @@ def test_resized_checks_the_size(size):
         data.resized(torch.zeros(1, 1, 28, 28), size)
 
 
+# Texts --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", data.TEXTS)
+def test_text(name):
+    """The file's bytes as whole numbers: the first nine tenths to train on, the rest to test on, nothing twice and nothing left out."""
+    content = (data.FOLDER / f"{name}.txt").read_bytes()
+    train, test = data.text(name), data.text(name, "test")
+    assert train.dtype == test.dtype == torch.int64 and train.ndim == test.ndim == 1
+    assert train.tolist() == list(content[: len(content) * 9 // 10]) and train.tolist() + test.tolist() == list(content)
+    assert len(content) > 100_000 and content.decode().isprintable() is False
+    assert torch.equal(data.text(name, "train"), train)
+
+
+def test_prose_and_code_are_what_they_are_called():
+    """Code parses up to where it was cut; prose is sentences, without displayed formulas."""
+    prose, code = (
+        bytes(torch.cat([data.text(name), data.text(name, "test")]).tolist()).decode() for name in data.TEXTS
+    )
+    assert "$$" not in prose and prose.count(". ") > 1000 and "import torch" not in prose[:1000]
+    assert code.count("\n") > 1000 and "import torch" in code and len(code.encode()) <= 120_000
+
+
 # Sources ------------------------------------------------------------------------------------------------------------
 
 
@@ -267,45 +290,55 @@ def test_unknown_name(name):
         data.load(name)
 
 
+@pytest.mark.parametrize("name", ["Prose", "mnist", "", None])
+def test_unknown_text(name):
+    """The error names what came and what there is."""
+    with pytest.raises(ValueError, match=f"^name must be one of prose, code; got {name!r}"):
+        data.text(name)
+
+
 @pytest.mark.parametrize("split", ["validation", "Train", "", None])
 def test_unknown_split(split):
     """The error names what came and what there is."""
-    with pytest.raises(ValueError, match=f"split must be one of train, test; got {split!r}"):
-        data.load("mnist", split)
+    for read, name in ((data.load, "mnist"), (data.text, "prose")):
+        with pytest.raises(ValueError, match=f"^split must be one of train, test; got {split!r}"):
+            read(name, split)
 
 
 # Damage -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", [0.001, 0.5, 0.999])
-def test_one_flipped_byte_is_noticed(place, copy):
-    """The error names the file, and only that file is refused."""
-    file = copy / "mnist-test.parquet"
-    content = bytearray(file.read_bytes())
+FLIPPED = [lambda content, place=place: flipped(content, place) for place in (0.001, 0.5, 0.999)]
+READERS = {"mnist-test.parquet": lambda: data.load("mnist", "test"), "prose.txt": lambda: data.text("prose", "test")}
+all_readers = pytest.mark.parametrize(("name", "read"), READERS.items(), ids=READERS)
+
+
+def flipped(content: bytes, place: float) -> bytes:
+    """The content with one bit of the byte at a place, counted from 0 to 1, turned over."""
+    content = bytearray(content)
     content[int(place * len(content))] ^= 1
-    file.write_bytes(content)
+    return bytes(content)
+
+
+@all_readers
+@pytest.mark.parametrize("damage", [*FLIPPED, lambda content: content[:-1]], ids=["begin", "middle", "end", "cut off"])
+def test_damage_is_noticed(damage, name, read, copy):
+    """One flipped bit, or one byte less: the error names the file, and only that file is refused."""
+    file = copy / name
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match="is damaged.*reinstall") as failure:
-        data.load("mnist", "test")
+        read()
     assert str(file) in str(failure.value)
-    assert len(data.load("fashion_mnist", "test")) == 2000
+    assert len(data.load("fashion_mnist", "test")) == 2000 and len(data.text("code", "test")) > 0
 
 
-def test_truncated_file_is_noticed(copy):
+@all_readers
+def test_missing_file_is_noticed(name, read, copy):
     """The error names the file."""
-    file = copy / "mnist-test.parquet"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="is damaged.*reinstall") as failure:
-        data.load("mnist", "test")
-    assert str(file) in str(failure.value)
-
-
-def test_missing_file_is_noticed(copy):
-    """The error names the file."""
-    file = copy / "mnist-test.parquet"
-    file.unlink()
+    (copy / name).unlink()
     with pytest.raises(FileNotFoundError, match="is missing.*reinstall") as failure:
-        data.load("mnist", "test")
-    assert str(file) in str(failure.value)
+        read()
+    assert str(copy / name) in str(failure.value)
 
 
 # What loading leaves behind -----------------------------------------------------------------------------------------
@@ -329,12 +362,19 @@ def test_loading_is_silent_and_leaves_no_files(tmp_path):
 # How the cuts were made ---------------------------------------------------------------------------------------------
 
 
-def test_cut_takes_the_first_of_each_class_in_order(source, tmp_path, monkeypatch):
-    """The files that it writes are what `load` then finds, and their hashes fit."""
+@pytest.fixture
+def embedded(tmp_path, monkeypatch):
+    """An empty folder in place of the embedded files, with the hash of another's file."""
     embedded = tmp_path / "embedded"
     embedded.mkdir()
-    monkeypatch.setattr(data, "FOLDER", embedded)
-    monkeypatch.setattr(cut, "FOLDER", embedded)
+    (embedded / "hashes.json").write_text('{"other": "1"}')
+    for module in (data, cut):
+        monkeypatch.setattr(module, "FOLDER", embedded)
+    return embedded
+
+
+def test_cut_takes_the_first_of_each_class_in_order(source, embedded, monkeypatch):
+    """The files that it writes are what `load` then finds, and their hashes fit; other files keep theirs."""
     monkeypatch.setattr(cut, "PER_CLASS", {"train": 2, "test": 1})
     mixed = tiny(50).select(np.random.default_rng(0).permutation(50))
     mixed.to_parquet(str(source / "mnist" / "train.parquet"))
@@ -347,3 +387,78 @@ def test_cut_takes_the_first_of_each_class_in_order(source, tmp_path, monkeypatc
     assert torch.equal(x, data.images(mixed)[0][expected])
     assert y.tolist() == [labels[i] for i in expected]
     assert len(data.load("fashion_mnist", "test")) == 10
+    assert json.loads((embedded / "hashes.json").read_text())["other"] == "1"
+
+
+NOTEBOOKS = {
+    "02_b.py": "# %% [markdown]\n# Later: größer.\n\n# %%\nz = 1\n",
+    "01_a.py": """# %% [markdown]
+# # A title
+# One: $x$ stays.
+# $$y =
+# z$$
+# Two.
+
+# %%
+import sys
+
+# %%
+print(sys.path)
+
+# %% [markdown]
+# Said once.
+
+# %%
+import sys
+
+# %% [markdown]
+# Said once.
+""",
+    "notes.txt": "not read",
+}
+
+
+def test_cut_of_texts(tmp_path, embedded):
+    """Cells in order of the notebooks, each once; prose without displayed formulas, their place a break; hashes fit, others stay."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for name, content in NOTEBOOKS.items():
+        (sources / name).write_text(content, encoding="utf-8")
+    cut.cut_text(str(sources))
+    texts = {name: (embedded / f"{name}.txt").read_text(encoding="utf-8") for name in data.TEXTS}
+    assert texts == {
+        "prose": "# A title\nOne: $x$ stays.\n\nTwo.\n\nSaid once.\n\nLater: größer.",
+        "code": "import sys\n\nprint(sys.path)\n\nz = 1",
+    }
+    assert bytes(data.text("code").tolist()).decode() == texts["code"][:30]  # of 34; and the hash fits
+    listed = json.loads((embedded / "hashes.json").read_text())
+    assert sorted(listed) == ["code.txt", "other", "prose.txt"] and listed["other"] == "1"
+
+
+def test_code_is_cut_at_a_whole_character(tmp_path, embedded):
+    """At most 120,000 bytes of code, and no half of a character at the end; prose has no such end."""
+    (tmp_path / "01_a.py").write_text(
+        f"# %% [markdown]\n# {'é' * 70_000}\n\n# %%\na = '{'é' * 70_000}'\n", encoding="utf-8"
+    )
+    cut.cut_text(str(tmp_path))
+    assert (embedded / "code.txt").read_text(encoding="utf-8") == "a = '" + "é" * 59_997
+    assert (embedded / "prose.txt").read_text(encoding="utf-8") == "é" * 70_000
+
+
+def test_cut_from_the_command_line(source, tmp_path, embedded, monkeypatch):
+    """A folder cuts images, "text" and a folder texts; without a folder, or with another word, it says how it is called."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cut", *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, "dgm_course.data.cut", raising=False)
+        runpy.run_module("dgm_course.data.cut", run_name="__main__")
+
+    for arguments in ((), ("pictures", source), ("text", source, "more")):
+        with pytest.raises(SystemExit, match="^usage: .*FOLDER.*text SOURCES"):
+            run(*arguments)
+    assert [file.name for file in embedded.iterdir()] == ["hashes.json"]
+    (source / "01_a.py").write_text("# %%\na = 1\n")
+    run("text", source)
+    assert (embedded / "code.txt").read_text() == "a = 1" and (embedded / "prose.txt").read_text() == ""
+    run(source)
+    assert len(data.load("mnist")) == 50 and len(json.loads((embedded / "hashes.json").read_text())) == 7

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from oracles import typed_attention
 from torch import nn
 
 from dgm_course.denoisers import Denoiser
@@ -472,32 +473,13 @@ def wide(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def typed_attention(attention, h, context):
-    """Head by head, token by token, by numpy: the weights (B, heads, N, M) and the output."""
-    own = {name: value.detach().numpy() for name, value in attention.named_parameters()}
-    q, k, v = (
-        x.detach().numpy() @ own[f"{name}.weight"].T + own[f"{name}.bias"]
-        for name, x in (("query", h), ("key", context), ("value", context))
-    )
-    heads, d = attention.heads, q.shape[2] // attention.heads
-    weights, mixed = np.zeros((len(q), heads, q.shape[1], k.shape[1])), np.zeros(q.shape)
-    for b in range(len(q)):
-        for head in range(heads):
-            part = slice(head * d, (head + 1) * d)
-            for n in range(q.shape[1]):
-                score = [np.exp(q[b, n, part] @ k[b, m, part] / np.sqrt(d)) for m in range(k.shape[1])]
-                weights[b, head, n] = np.array(score) / sum(score)
-                mixed[b, n, part] = sum(w * v[b, m, part] for m, w in enumerate(weights[b, head, n]))
-    return torch.from_numpy(weights), torch.from_numpy(mixed @ own["out.weight"].T + own["out.bias"])
-
-
 @pytest.mark.parametrize("heads", [1, 2, 6])
 @pytest.mark.parametrize("length", [None, 1, 7])
 def test_attention_by_loops(heads, length):
     """A weighted mean of values for each head and token, of the own sequence and of a context of any length."""
     attention, h = lively(Attention(12, heads)).double(), wide(2, 5, 12)
     context = None if length is None else wide(2, length, 12)
-    weights, out = typed_attention(attention, h, h if context is None else context)
+    weights, out = typed_attention(attention, h, context)
     torch.testing.assert_close(attention(h, context), out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(attention.weights(h, context), weights, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
@@ -545,7 +527,7 @@ def typed_block(block, kind, h, condition):
         told = (c * c.sigmoid()) @ own["modulation.weight"].T + own["modulation.bias"]
         shift1, scale1, gate1, shift2, scale2, gate2 = told.unflatten(1, (6, 1, -1)).unbind(1)
     x = normed(h, "norm1") * (1 + scale1) + shift1
-    h = h + gate1 * typed_attention(block.attention, x, x)[1]
+    h = h + gate1 * typed_attention(block.attention, x)[1]
     if kind == "cross-attention":
         x = f.layer_norm(h, h.shape[-1:], own["norm_cross.weight"], own["norm_cross.bias"], 1e-6)
         h = h + typed_attention(block.cross, x, condition)[1]

@@ -1,4 +1,4 @@
-"""Real images without a network: balanced cuts of MNIST and Fashion-MNIST, shipped as parquet in this folder.
+"""Real images and text without a network: balanced cuts of MNIST and Fashion-MNIST, and the course's own words, in this folder.
 
 Each cut holds the first 1,000 images of each class of the training set and the first 200 of the test set. Fashion-MNIST
 was cut from files in a shuffled order, so its split is not the original one. `NOTICE.md` has sources and licences.
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "balanced", "content_hash", "images", "load", "resized"]
+__all__ = ["NAMES", "TEXTS", "balanced", "content_hash", "images", "load", "resized", "text"]
 
 FOLDER = Path(__file__).parent
 NAMES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}  # with their names on the hub
+TEXTS = ("prose", "code")
 SPLITS = ("train", "test")
 
 
@@ -58,6 +59,34 @@ def load(name: str, split: str = "train", source: str | Path | None = None):
         return datasets.Dataset(pyarrow.parquet.read_table(file)).select_columns(["image", "label"])
     except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
         raise ValueError(f"{file} is no parquet file with the columns image and label: {error}") from error
+
+
+def text(name: str, split: str = "train") -> Tensor:
+    """The bytes of a text: what the notebooks of this course say ("prose", without displayed formulas), or what they run ("code").
+
+    Arguments:
+        name: "prose" or "code".
+        split: "train", the first nine tenths, or "test", the rest.
+
+    Returns:
+        UTF-8 bytes, int64 (N,).
+
+    Raises:
+        ValueError: If the name or the split is unknown, or the file is not the one that was shipped.
+
+    Example:
+        >>> bytes(text("code")[:17].tolist()).decode()
+        'import importlib.'
+    """
+    if name not in TEXTS:
+        raise ValueError(f"name must be one of {', '.join(TEXTS)}; got {name!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    file = FOLDER / f"{name}.txt"
+    _verify(file)
+    whole = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8).long()
+    end = len(whole) * 9 // 10
+    return whole[:end] if split == "train" else whole[end:]
 
 
 def images(dataset, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:

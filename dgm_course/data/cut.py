@@ -1,8 +1,13 @@
-"""How the embedded cuts were made: `python -m dgm_course.data.cut FOLDER`, where FOLDER holds the full sets."""
+"""How the embedded cuts were made: `python -m dgm_course.data.cut FOLDER`, where FOLDER holds the full sets.
+
+With `python -m dgm_course.data.cut text SOURCES` the texts, from a folder with the sources of notebooks. Both keep the other's files.
+"""
 
 import hashlib
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +18,7 @@ PER_CLASS = {"train": 1000, "test": 200}
 
 def cut(source: str) -> None:
     """Write the first images of each class of every set, in their original order, and the hashes of the files."""
-    hashes = {}
+    hashes = json.loads((FOLDER / "hashes.json").read_text())
     for name in NAMES:
         for split in SPLITS:
             dataset = load(name, split, source=source)
@@ -25,7 +30,32 @@ def cut(source: str) -> None:
     (FOLDER / "hashes.json").write_text(json.dumps(hashes, indent=2) + "\n")
 
 
+def cut_text(sources: str) -> None:
+    """Write the prose of all notebooks, without displayed formulas, and the beginning of their code, and the hashes."""
+    most = {"prose": None, "code": 120_000}
+    import jupytext
+
+    cells = [cell for file in sorted(Path(sources).glob("*.py")) for cell in jupytext.read(file).cells]
+    prose = re.sub(r"\n*\$\$.*?\$\$\n*", "\n\n", _joined(cells, "markdown"), flags=re.S)
+    hashes = json.loads((FOLDER / "hashes.json").read_text())
+    for name, whole in {"prose": prose, "code": _joined(cells, "code")}.items():
+        content = whole.encode()[: most[name]].decode(errors="ignore").encode()
+        (FOLDER / f"{name}.txt").write_bytes(content)
+        hashes[f"{name}.txt"] = hashlib.sha256(content).hexdigest()
+    (FOLDER / "hashes.json").write_text(json.dumps(hashes, indent=2) + "\n")
+
+
+def _joined(cells: list, kind: str) -> str:
+    """The cells of a kind, each that was not there before, as one text."""
+    return "\n\n".join(dict.fromkeys(cell.source.strip() for cell in cells if cell.cell_type == kind))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m dgm_course.data.cut FOLDER, where FOLDER holds mnist/train.parquet and so on")
-    cut(sys.argv[1])
+    if len(sys.argv) == 3 and sys.argv[1] == "text":
+        cut_text(sys.argv[2])
+    elif len(sys.argv) == 2:
+        cut(sys.argv[1])
+    else:
+        sys.exit(
+            "usage: python -m dgm_course.data.cut FOLDER, where FOLDER holds mnist/train.parquet and so on; or text SOURCES"
+        )

@@ -4,6 +4,7 @@ from dgm_course.nets.classifier import Classifier
 from dgm_course.nets.conv import ConvCoupler, ConvDecoder, ConvEncoder
 from dgm_course.nets.dit import DiT
 from dgm_course.nets.embeddings import LabelEmbedding, TimeEmbedding, WeightEmbedding
+from dgm_course.nets.language import LanguageModel
 from dgm_course.nets.mlp import MLP, perceptron
 from dgm_course.nets.unet import UNet
 
@@ -15,6 +16,7 @@ __all__ = [
     "ConvEncoder",
     "DiT",
     "LabelEmbedding",
+    "LanguageModel",
     "TimeEmbedding",
     "UNet",
     "WeightEmbedding",

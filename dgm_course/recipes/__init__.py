@@ -15,7 +15,8 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from dgm_course import checkpoints, data, measures, metrics, objectives, tables, training
+from dgm_course import checkpoints, data, measures, metrics, objectives, personal, tables, training
+from dgm_course.data import hands
 from dgm_course.denoisers import Denoiser
 from dgm_course.recipes.measurements import MEASUREMENTS
 from dgm_course.recipes.networks import NETWORKS
@@ -51,30 +52,45 @@ def train(name: str, source: str | None = None, out: str | Path = "runs", steps:
     if name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(names())}; got {name!r}")
     card = dict(RECIPES[name])
-    if steps and "checkpoint" in card:
+    if steps and "steps" not in card:
         raise ValueError(f"recipe {name} trains nothing, so it has no steps; got {steps}")
     if "distils" in card:
         card["teacher_sha256"] = checkpoints.load(card["start"]).card["sha256"]
-    if "checkpoint" not in card:
-        card["steps"] = steps or card["steps"]
-    x, y = data.images(data.load(card["data"], "train", source))
-    card["images"], card["data_sha256"] = len(x), data.content_hash(x, y)
+    if steps:
+        card["steps"] = steps
+    x, y = _data(card, "train", source)
+    card["images" if x.ndim > 1 else "bytes"], card["data_sha256"] = len(x), data.content_hash(x, y)
     card["recipe"] = f"dgm-course train {name}" + " --source hub" * bool(source) + f" --steps {steps}" * bool(steps)
     if "vary" in card:
         if PartialState().num_processes > 1:
             raise ValueError(
                 f"recipe {name} trains many models one after the other, in one process; start it without a launcher"
             )
-        return _table(name, card, (x, y), data.images(data.load(card["data"], "test", source)), Path(out))
+        return _table(name, card, (x, y), _data(card, "test", source), Path(out), source)
     state = Path(out) / f"{name}-{hashlib.sha256(json.dumps(card).encode()).hexdigest()[:8]}.state.pt"
     done, score = _fit(card, x, y, state)
     if PartialState().is_main_process:
         card["minutes"], card["machine"] = round(done.seconds / 60, 1), _machine(card)
-        test = data.images(data.load(card["data"], "test", source))
+        test = _data(card, "test", source)
         card["scores"] = score(done.ema.cpu(), *test) | _floor(card, (x, y), test)
         checkpoints.save(name, done.ema, card, out)
         state.unlink()
     return card
+
+
+def _data(card: dict, split: str, source: str | None) -> tuple[Tensor, Tensor]:
+    """Images and labels, or a text's bytes, which are what is read and what is to be said."""
+    if card["data"] in data.TEXTS:
+        x = data.text(card["data"], split)
+        return x, x
+    if "hand" in card:
+        few = split == "train"
+        return (
+            personal.few(card["hand"], card["seed"], card["images for a user"], source)
+            if few
+            else hands.pages(card["hand"], split, source)
+        )
+    return data.images(data.load(card["data"], split, source))
 
 
 def _fit(card: dict, x: Tensor, y: Tensor, state: Path | None = None) -> tuple[training.Fit, Callable]:
@@ -103,7 +119,9 @@ def _start(model: Denoiser, trained: Denoiser) -> None:
             new[name][: len(values)] = values
 
 
-def _table(name: str, card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], out: Path) -> dict:
+def _table(
+    name: str, card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], out: Path, source=None
+) -> dict:
     """Try every combination of what varies, and write the table after each, so that a stopped run goes on."""
     card |= {"machine": _machine(card), **_floor(card, train, test), "rows": []}
     file = out / f"{name}.json"
@@ -112,7 +130,9 @@ def _table(name: str, card: dict, train: tuple[Tensor, Tensor], test: tuple[Tens
     for values in list(itertools.product(*card["vary"].values()))[len(card["rows"]) :]:
         row = dict(zip(card["vary"], values, strict=True))
         settings, began = card | row | card.get("kinds", {}).get(row.get("kind"), {}), time.perf_counter()
-        if "checkpoint" in card:
+        if "tunes" in settings:
+            row |= personal.personalise(settings, source, _kept(row, card, out))
+        elif "checkpoint" in card:
             row |= measures.measure(settings, *test) | {"minutes": round((time.perf_counter() - began) / 60, 2)}
         else:
             done, score = _fit(settings, *train)
@@ -123,9 +143,15 @@ def _table(name: str, card: dict, train: tuple[Tensor, Tensor], test: tuple[Tens
     return card
 
 
+def _kept(row: dict, card: dict, out: Path) -> Path | None:
+    """Where a user's file is kept: for the first seed and the kind that the card names."""
+    chosen = (row["kind"], row["seed"]) == (card["keeps"], 0)
+    return out / "users" / row["user"] if chosen else None
+
+
 def _floor(card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:
     """What real images score against real images, with the numbers that the card is scored with: as low as a score can be."""
-    if "scored with" not in card:
+    if "classifier" not in card.get("scored with", {}):
         return {}
     settings, g = card["scored with"], torch.Generator().manual_seed(0)
     judge = checkpoints.load(settings["classifier"])

@@ -225,6 +225,60 @@ MEASUREMENTS = {
         },
         "scored with": {"classifier": "mnist-classifier", "samples": 1000, "draws": 1},
     },
+    "mnist-users": {
+        "what": "a model for each user: mnist-dit fine-tuned on ten images of each label, in full or by few parameters, over seeds",
+        "data": "mnist",
+        "checkpoint": "mnist-dit",
+        "null": 10,
+        "vary": {
+            "seed": [0, 1],
+            "user": ["bold", "thin", "shoe", "clothes"],
+            "kind": [
+                "base",
+                "full",
+                "LoRA, r = 1",
+                "LoRA, r = 2",
+                "LoRA, r = 4",
+                "LoRA, r = 8",
+                "LoRA on attention, r = 4",
+                "Houlsby",
+                "Pfeiffer",
+                "prefix",
+                "biases",
+            ],
+        },
+        "kinds": {
+            "base": {"tunes": {"kind": "base"}},
+            "full": {"tunes": {"kind": "full"}},
+            "Houlsby": {"tunes": {"kind": "adapters", "bottleneck": 8, "placement": "Houlsby"}},
+            "Pfeiffer": {"tunes": {"kind": "adapters", "bottleneck": 16, "placement": "Pfeiffer"}},
+            "prefix": {"tunes": {"kind": "prefix", "length": 16, "hidden": 128}},
+            "biases": {"tunes": {"kind": "biases"}},
+        }
+        | {
+            f"LoRA{place}, r = {r}": {"tunes": {"kind": "LoRA", "targets": targets, "rank": r, "alpha": 4.0}}
+            for place, targets, ranks in (
+                ("", ["perceptron.0", "perceptron.2", "modulation"], (1, 2, 4, 8)),
+                (" on attention", ["query", "key", "value", "attention.out"], (4,)),
+            )
+            for r in ranks
+        },
+        "keeps": "LoRA, r = 2",
+        "images for a user": 100,
+        "times": "logit-normal",
+        "steps": 400,
+        "batch": 32,
+        "fit": {"warmup": 20, "ema": 0.98, "weight_decay": 0.0, "precision": "float32"},
+        "rates": {
+            "full": {"lr": 1e-3},
+            "LoRA": {"lr": 1e-2},
+            "adapters": {"lr": 2e-2},
+            "prefix": {"lr": 1e-2},
+            "biases": {"lr": 3e-2},
+        },
+        "judges": {"mnist": "mnist-classifier", "fashion_mnist": "fashion-classifier"},
+        "scored with": {"samples": 500, "draws": 1, "steps": 16},
+    },
     "mnist-variances": {
         "what": "ancestral sampling with few steps, and its bound: the variance fixed at β or β̃, or as learned by mnist-improved",
         "data": "mnist",

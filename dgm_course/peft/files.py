@@ -1,0 +1,177 @@
+"""Files that hold an update alone, in the form of the library PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as write_tensors
+from torch import nn
+
+from dgm_course.peft.lora import LoRA, activate, add_lora
+
+__all__ = ["fingerprint", "load_lora", "save_lora"]
+
+ROOT = "base_model.model."  # what PEFT's wrappers put before a layer's name
+UNREAD = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the base's weights, without any updates: what an update was trained on.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> before = fingerprint(model)
+        >>> fingerprint(add_lora(model, ["0"], rank=1)) == before
+        True
+    """
+    ours = {
+        id(p)
+        for layer in model.modules()
+        if isinstance(layer, LoRA)
+        for p in [*layer.down.parameters(), *layer.up.parameters()]
+    }
+    kept = {
+        id(layer.base.weight): layer.kept
+        for layer in model.modules()
+        if isinstance(layer, LoRA) and layer.kept is not None
+    }
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        if id(p) not in ours:
+            digest.update(kept.get(id(p), p).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_lora(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
+    """Write one update to a folder: its A and B in each layer, r and α, and the fingerprint of the base.
+
+    PEFT reads it with `PeftModel.from_pretrained(base, folder)`.
+
+    Returns:
+        The file with the weights.
+
+    Raises:
+        ValueError: If the model has no update of that name, or its layers differ in rank or scale.
+    """
+    layers = {place: layer for place, layer in model.named_modules() if isinstance(layer, LoRA) and name in layer.down}
+    if not layers:
+        known = sorted({name for layer in model.modules() if isinstance(layer, LoRA) for name in layer.down})
+        raise ValueError(f"name must be an update of the model, {', '.join(known) or 'which has none'}; got {name!r}")
+    kinds = {(layer.down[name].weight.shape[0], layer.scaling[name]) for layer in layers.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"the layers of update {name!r} must have one rank and one scale; got {sorted(kinds)}")
+    rank, scaling = kinds.pop()
+    tensors = {}
+    for place, layer in layers.items():
+        tensors[f"{ROOT}{place}.lora_A.weight"] = layer.down[name].weight.detach().cpu().contiguous()
+        tensors[f"{ROOT}{place}.lora_B.weight"] = layer.up[name].weight.detach().cpu().contiguous()
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": scaling * rank,
+        "target_modules": sorted(layers),
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "inference_mode": True,
+        "base_model_name_or_path": None,
+    } | UNREAD
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "adapter_model.safetensors", write_tensors(tensors, {"format": "pt", "base": fingerprint(model)}))
+    _replace(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    return folder / "adapter_model.safetensors"
+
+
+@torch.no_grad()
+def load_lora(model: nn.Module, folder: str | Path, name: str = "default") -> nn.Module:
+    """Read an update, by `save_lora` or by PEFT, and add it to a model, in place; it becomes the only active one.
+
+    Arguments:
+        model: The base that it was trained on, with other updates or without.
+        folder: Where the two files are.
+        name: Name under which to add it; the file does not say one.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: If one of the files is missing.
+        ValueError: If the files are damaged, ask for more than LoRA, or belong to another base: its fingerprint (files by PEFT
+            have none), the names or the shapes of its layers differ. The model is as before.
+    """
+    folder = Path(folder)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"folder must hold adapter_config.json and adapter_model.safetensors; there is no {folder / file}"
+            )
+    config, tensors, base = _read(folder)
+    if base is not None and base != fingerprint(model):
+        raise ValueError(
+            f"{folder} was trained on another base: fingerprint {base[:12]}…, this model's is {fingerprint(model)[:12]}…"
+        )
+    places = sorted(
+        {key.removeprefix(ROOT).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
+    )
+    for place in places:
+        _fits(model, place, tensors, folder)
+    alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
+    add_lora(model, places, rank=config["r"], alpha=alpha, name=name)
+    for place in places:
+        layer = model.get_submodule(place)
+        layer.down[name].weight.copy_(tensors[f"{ROOT}{place}.lora_A.weight"])
+        layer.up[name].weight.copy_(tensors[f"{ROOT}{place}.lora_B.weight"])
+    return activate(model, **{name: 1.0})
+
+
+def _read(folder: Path) -> tuple[dict, dict, str | None]:
+    """The settings, the tensors and the base's fingerprint; refused if damaged or if they ask for more than LoRA."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            tensors, base = {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get("base")
+        rank = config["r"]
+        more = {key: config[key] for key, usual in UNREAD.items() if config.get(key) not in (usual, None)}
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{folder} holds no update that can be read: {type(error).__name__}, {error}") from error
+    if config.get("peft_type") != "LORA" or more:
+        raise ValueError(f"{folder} must hold a plain LoRA; got {more or config.get('peft_type')}")
+    strange = [
+        key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight")) or not key.startswith(ROOT)
+    ]
+    if (
+        strange
+        or not tensors
+        or any(t.shape[0] != rank for key, t in tensors.items() if key.endswith(".lora_A.weight"))
+    ):
+        raise ValueError(
+            f"{folder} must hold lora_A of rank {rank} and lora_B for each layer; got {strange or sorted(tensors)}"
+        )
+    return config, tensors, base
+
+
+def _fits(model: nn.Module, place: str, tensors: dict, folder: Path) -> None:
+    """Raise unless the model has the layer, and A and B are of its shape."""
+    try:
+        layer = model.get_submodule(place)
+    except AttributeError:
+        raise ValueError(f"{folder} was trained on another base: this model has no layer {place}") from None
+    weight = getattr(layer.base if isinstance(layer, LoRA) else layer, "weight", None)
+    a, b = tensors[f"{ROOT}{place}.lora_A.weight"], tensors.get(f"{ROOT}{place}.lora_B.weight")
+    if b is None:
+        raise ValueError(f"{folder} is incomplete: it has no lora_B for {place}")
+    if weight is None or a.shape[1:] != weight.shape[1:] or b.shape[:1] != weight.shape[:1] or b.shape[1] != a.shape[0]:
+        found = None if weight is None else tuple(weight.shape)
+        raise ValueError(
+            f"{folder} was trained on another base: {place} has shape {found}, its A and B {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Write beside, then rename: a crash leaves the old file or the new one, never half of one."""
+    part = file.with_name(file.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, file)
