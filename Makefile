@@ -2,7 +2,7 @@
 # make test   everything that CI checks
 # make lab    open JupyterLab
 # make build  make the executed notebooks from their sources
-# make bench  measure the samplers, the flows, the students, the grader, and the notebooks as on Colab
+# make bench  measure the samplers, the flows, the students, the updates, the grader, and the notebooks as on Colab
 # Only the first command, whichever it is, needs a network: it installs into .venv.
 
 PYTHON ?= python3

@@ -390,44 +390,36 @@ def test_cut_takes_the_first_of_each_class_in_order(source, embedded, monkeypatc
     assert json.loads((embedded / "hashes.json").read_text())["other"] == "1"
 
 
+def notebook(*cells: str | list[str]) -> str:
+    """A notebook as JSON: cells that begin with "#" or "$" or are a list are prose, the others code."""
+    kinds = ["markdown" if isinstance(cell, list) or cell[0] in "#$" else "code" for cell in cells]
+    return json.dumps({"cells": [{"cell_type": kind, "source": cell} for kind, cell in zip(kinds, cells, strict=True)]})
+
+
 NOTEBOOKS = {
-    "02_b.py": "# %% [markdown]\n# Later: größer.\n\n# %%\nz = 1\n",
-    "01_a.py": """# %% [markdown]
-# # A title
-# One: $x$ stays.
-# $$y =
-# z$$
-# Two.
-
-# %%
-import sys
-
-# %%
-print(sys.path)
-
-# %% [markdown]
-# Said once.
-
-# %%
-import sys
-
-# %% [markdown]
-# Said once.
-""",
+    "02_b.ipynb": notebook("# Later: größer.\n", "z = 1"),
+    "01_a.ipynb": notebook(
+        ["# A title\n", "One: $x$ stays.\n", "$$y =\n", "z$$\n", "Two."],
+        "import sys\n",
+        "print(sys.path)",
+        "# Said once.",
+        "import sys",
+        "# Said once.\n",
+    ),
     "notes.txt": "not read",
 }
 
 
 def test_cut_of_texts(tmp_path, embedded):
     """Cells in order of the notebooks, each once; prose without displayed formulas, their place a break; hashes fit, others stay."""
-    sources = tmp_path / "sources"
+    sources = tmp_path / "notebooks"
     sources.mkdir()
     for name, content in NOTEBOOKS.items():
         (sources / name).write_text(content, encoding="utf-8")
     cut.cut_text(str(sources))
     texts = {name: (embedded / f"{name}.txt").read_text(encoding="utf-8") for name in data.TEXTS}
     assert texts == {
-        "prose": "# A title\nOne: $x$ stays.\n\nTwo.\n\nSaid once.\n\nLater: größer.",
+        "prose": "# A title\nOne: $x$ stays.\n\nTwo.\n\n# Said once.\n\n# Later: größer.",
         "code": "import sys\n\nprint(sys.path)\n\nz = 1",
     }
     assert bytes(data.text("code").tolist()).decode() == texts["code"][:30]  # of 34; and the hash fits
@@ -437,12 +429,10 @@ def test_cut_of_texts(tmp_path, embedded):
 
 def test_code_is_cut_at_a_whole_character(tmp_path, embedded):
     """At most 120,000 bytes of code, and no half of a character at the end; prose has no such end."""
-    (tmp_path / "01_a.py").write_text(
-        f"# %% [markdown]\n# {'é' * 70_000}\n\n# %%\na = '{'é' * 70_000}'\n", encoding="utf-8"
-    )
+    (tmp_path / "01_a.ipynb").write_text(notebook("#" + "é" * 70_000, "a = '" + "é" * 70_000), encoding="utf-8")
     cut.cut_text(str(tmp_path))
     assert (embedded / "code.txt").read_text(encoding="utf-8") == "a = '" + "é" * 59_997
-    assert (embedded / "prose.txt").read_text(encoding="utf-8") == "é" * 70_000
+    assert (embedded / "prose.txt").read_text(encoding="utf-8") == "#" + "é" * 70_000
 
 
 def test_cut_from_the_command_line(source, tmp_path, embedded, monkeypatch):
@@ -454,10 +444,10 @@ def test_cut_from_the_command_line(source, tmp_path, embedded, monkeypatch):
         runpy.run_module("dgm_course.data.cut", run_name="__main__")
 
     for arguments in ((), ("pictures", source), ("text", source, "more")):
-        with pytest.raises(SystemExit, match="^usage: .*FOLDER.*text SOURCES"):
+        with pytest.raises(SystemExit, match="^usage: .*FOLDER.*text NOTEBOOKS"):
             run(*arguments)
     assert [file.name for file in embedded.iterdir()] == ["hashes.json"]
-    (source / "01_a.py").write_text("# %%\na = 1\n")
+    (source / "01_a.ipynb").write_text(notebook("a = 1"))
     run("text", source)
     assert (embedded / "code.txt").read_text() == "a = 1" and (embedded / "prose.txt").read_text() == ""
     run(source)

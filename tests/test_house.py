@@ -25,7 +25,7 @@ FLOORS = {
     "denoisers nets": 1,
     "losses samplers guidance likelihood vae gan flows cold equivariant": 2,
     "tables resume training metrics checkpoints distillation editing latent clip peft": 3,
-    "viz objectives distilling measures recipes": 4,
+    "viz objectives distilling measures personal recipes": 4,
     "notebooks pages stubs release grading cli": 5,
 }
 FLOOR = {name: floor for names, floor in FLOORS.items() for name in names.split()}

@@ -25,10 +25,12 @@ from dgm_course import (
     nets,
     objectives,
     paths,
+    personal,
     recipes,
     tables,
     training,
 )
+from dgm_course.data import hands
 from dgm_course.denoisers import Denoiser
 from dgm_course.flows import Flow
 from dgm_course.gan import GAN, ConvGAN
@@ -211,14 +213,16 @@ def test_shipped_recipes_fit_the_budget(monkeypatch):
             for values in itertools.product(*recipe.get("vary", {}).values())
         ]
         assert len({json.dumps(values) for values in varied}) == len(varied) > 0
-        assert recipe["data"] in data.NAMES and recipe["what"]
+        assert recipe["data"] in (*data.NAMES, *data.TEXTS) and recipe["what"]
         if "checkpoint" in recipe:
             continue  # it trains nothing, see below
         for values in varied:
             card = recipe | values | recipe.get("kinds", {}).get(values.get("kind"), {})
             model = checkpoints.build(card)
             kinds = nets.Classifier if "classifies" in card else (Flow, VAE, GAN) if "model" in card else Denoiser
-            assert isinstance(model, kinds) and ("model" in card) != ("net" in card)
+            assert isinstance(model, nets.LanguageModel if card["data"] in data.TEXTS else kinds) and (
+                "model" in card
+            ) != ("net" in card)
             inspect.signature(training.fit).bind(None, None, None, steps=card["steps"], **card.get("fit", {}))
             size = sum(p.numel() for p in model.parameters())
             unet = "net" in card and card["net"]["class"] == "UNet"
@@ -239,6 +243,7 @@ def test_shipped_measurements_name_what_there_is(monkeypatch):
     """Recipes without a net: a shipped class-conditional denoiser, a continuous path, known samplers, every one a fair share."""
     monkeypatch.undo()
     without = {name: recipe for name, recipe in recipes.RECIPES.items() if "checkpoint" in recipe}
+    del without["mnist-users"]  # it trains what it measures, see below
     measured = (
         "mnist-sde mnist-fast mnist-guidance fashion-guidance mnist-variances mnist-distillation mnist-guided-students"
     )
@@ -264,6 +269,31 @@ def test_shipped_measurements_name_what_there_is(monkeypatch):
             )
         if "variance" in recipe["vary"]:
             assert network["learned_variance"] and max(recipe["vary"]["steps"]) <= network["chain"]
+
+
+def test_the_shipped_users_are_tuned_in_every_way(monkeypatch):
+    """Every user, every kind made ready as its card says; what LoRA trains stays under 2 % up to r = 2; rates for each kind of training."""
+    monkeypatch.undo()
+    recipe = recipes.RECIPES["mnist-users"]
+    assert set(recipe["vary"]["user"]) == set(hands.HANDS) and set(recipe["vary"]["kind"]) == set(recipe["kinds"])
+    assert len(recipe["vary"]["seed"]) > 1 and recipe["keeps"] in recipe["kinds"]
+    base = recipes.RECIPES[recipe["checkpoint"]]
+    assert base["data"] == recipe["data"] and base["net"]["num_classes"] == recipe["null"]
+    parameters = {}
+    for kind, settings in recipe["kinds"].items():
+        how = settings["tunes"]
+        model = personal.tuned(checkpoints.build(base), how)
+        parameters[kind] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if how["kind"] != "base":
+            inspect.signature(training.fit).bind(
+                None, None, None, steps=1, **recipe["fit"] | recipe["rates"][how["kind"]]
+            )
+    whole = parameters["full"]
+    assert whole == sum(p.numel() for p in checkpoints.build(base).parameters())
+    assert parameters["LoRA, r = 8"] == 4 * parameters["LoRA, r = 2"] == 8 * parameters["LoRA, r = 1"]
+    assert parameters["LoRA, r = 2"] < 0.02 * whole and parameters["LoRA on attention, r = 4"] < 0.02 * whole
+    for judge in recipe["judges"].values():
+        assert "classifies" in recipes.RECIPES[judge]
 
 
 def ask_samplers(settings, all_of_them):
@@ -603,6 +633,8 @@ def test_shipped_starts_are_shipped(monkeypatch):
     """What a recipe starts from is a recipe on the same data and path, of the same network but for the channels at its end, or for w."""
     monkeypatch.undo()
     starting = {name: recipe for name, recipe in recipes.RECIPES.items() if "start" in recipe}
+    tuned = starting.pop("mnist-dit-bold")  # the same network, trained on in another hand
+    assert tuned["net"] == recipes.RECIPES[tuned["start"]]["net"] and tuned["hand"] in hands.HANDS
     assert {
         "mnist-improved",
         "mnist-student-1",

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import scipy.integrate
 import torch
-from oracles import CHAIN_BETAS, bayes_on_a_grid, known, mp, order_of
+from oracles import CHAIN_BETAS, bayes_on_a_grid, known, mp, order_of, typed_attention
 from scipy.stats import norm
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from dgm_course import gan, vae
+from dgm_course import gan, peft, vae
 from dgm_course.denoisers import Denoiser, clipped
 from dgm_course.distillation import consistency_target, progressive_target, truncated_snr
 from dgm_course.divergences import gaussian_kl, jensen_shannon, standard_kl
@@ -27,6 +27,7 @@ from dgm_course.losses import bound_term, hybrid, simple
 from dgm_course.metrics import frechet_distance, inception_score, precision_recall
 from dgm_course.nets import perceptron
 from dgm_course.nets.embeddings import sinusoids
+from dgm_course.nets.language import CausalAttention
 from dgm_course.paths import VP, Cosine, DiscretePath, SubVP
 from dgm_course.samplers import (
     ddim,
@@ -2552,6 +2553,316 @@ CASES["both players at once"] = Case(
         "the generator helps the discriminator": typed_players(make=lambda fake: gan.generator_loss(-fake)),
         "the saturating loss": typed_players(make=lambda fake: gan.generator_loss(fake, saturating=True)),
         "the generator learns from nothing": typed_players(make=lambda fake: gan.generator_loss(fake.detach())),
+    },
+)
+
+
+# Beside a frozen base -------------------------------------------------------------------------------------------------
+# A kernel takes a layer's weight, A, B and the scale, and how often it is told to get ready for use; it gives the weight in use.
+
+
+def outer_products(a, b, scale):
+    """s·BA, one product of numbers after the other."""
+    rank, (rows, columns) = len(a), (len(b), a.shape[1])
+    delta = [[sum(float(b[i, m] * a[m, j]) for m in range(rank)) for j in range(columns)] for i in range(rows)]
+    return scale * torch.tensor(delta, dtype=torch.float64)
+
+
+def drawn_update(rows, columns, rank, size=1.0, dtype=torch.float64):
+    """A weight, A and B; size is that of ΔW beside the weight."""
+    g = torch.Generator().manual_seed(5)
+    weight = torch.randn(rows, columns, generator=g, dtype=torch.float64).to(dtype)
+    return weight, torch.randn(rank, columns, generator=g), size * torch.randn(rows, rank, generator=g) / rank**0.5
+
+
+def is_ready_for_use(ready):
+    """W + s·BA for a square weight, whose transpose fits as well, however often it is asked for; the given tensors stay."""
+    weight, a, b = drawn_update(6, 6, 2)
+    kept = weight.clone()
+    for times in (1, 2, 3):
+        near(ready(weight, a, b, 0.7, times), kept + outer_products(a, b, 0.7), 1e-6)
+    assert torch.equal(weight, kept)
+
+
+def our_update(weight, a, b, scale):
+    """A model of one layer, with the update as ours."""
+    model = torch.nn.Sequential(torch.nn.Linear(*weight.shape[::-1], bias=False, dtype=weight.dtype))
+    peft.add_lora(model, ("0",), rank=len(a), alpha=scale * len(a))
+    with torch.no_grad():
+        for parameter, value in zip(
+            (model[0].base.weight, model[0].down.default.weight, model[0].up.default.weight),
+            (weight, a, b),
+            strict=True,
+        ):
+            parameter.copy_(value)
+    return model
+
+
+def our_use(weight, a, b, scale, times):
+    model = our_update(weight, a, b, scale)
+    for _ in range(times):
+        peft.merge(model)
+    return model[0].base.weight.detach()
+
+
+class TypedLayer(torch.nn.Module):
+    """A layer that merges when it is told that training is over, and how: one thing at a time to get wrong."""
+
+    def __init__(self, weight, a, b, scale, delta=lambda a, b: b @ a, remembers=True):
+        super().__init__()
+        self.weight, self.change, self.merged = weight.clone(), scale * delta(a, b), False
+        self.remembers = remembers
+
+    def merge(self):
+        if not (self.merged and self.remembers):
+            self.weight, self.merged = self.weight + self.change, True
+
+
+class ToldByMode(TypedLayer):
+    def train(self, mode=True):
+        if not mode:
+            self.merge()
+        return super().train(mode)
+
+
+class ToldByEval(TypedLayer):
+    """`eval` of a model calls `train(False)` of its layers, and never their `eval`."""
+
+    def eval(self):
+        self.merge()
+        return super().eval()
+
+
+def typed_use(kind=ToldByMode, **how):
+    def ready(weight, a, b, scale, times):
+        model = torch.nn.Sequential(kind(weight, a, b, scale, **how))
+        for _ in range(times):
+            model.eval()
+        return model[0].weight
+
+    return ready
+
+
+CASES["a merged layer"] = Case(
+    is_ready_for_use,
+    {"ours": our_use, "typed": typed_use()},
+    {
+        "eval never merges": typed_use(ToldByEval),
+        "merged at each call": typed_use(remembers=False),
+        "transposed": typed_use(delta=lambda a, b: (b @ a).mT),
+        "A times B": typed_use(delta=lambda a, b: a.mT @ b.mT),
+        "not scaled": lambda weight, a, b, scale, times: typed_use()(weight, a, b, 1.0, times),
+        "scaled twice": lambda weight, a, b, scale, times: typed_use()(weight, a, b, scale**2, times),
+        "the update alone": lambda weight, a, b, scale, times: typed_use()(0 * weight, a, b, scale, times),
+        "into the given weight": lambda weight, a, b, scale, times: (
+            weight.add_(scale * b @ a) if times == 1 else weight
+        ),
+    },
+)
+
+
+# A kernel takes a bfloat16 weight, A and B in float32 and the scale, and gives the merged bfloat16 weight.
+
+
+def is_the_nearest(merge):
+    """No bfloat16 lies nearer to W + s·BA, worked out in float64; a ΔW of a hundredth of W."""
+    weight, a, b = drawn_update(24, 20, 4, size=0.02, dtype=torch.bfloat16)
+    exact, found = weight.double() + outer_products(a, b, 0.5), merge(weight, a, b, 0.5)
+    assert found.dtype == torch.bfloat16
+    for side in (-torch.inf, torch.inf):
+        other = torch.nextafter(found, torch.full_like(found, side)).double()
+        assert ((found.double() - exact).abs() <= (other - exact).abs()).all()
+
+
+def merging(delta, add=lambda weight, change: weight.float() + change):
+    return lambda weight, a, b, scale: add(weight, delta(a, b, scale)).bfloat16()
+
+
+def rounded_each_time(weight, a, b, scale):
+    """Rounded after each of the r products."""
+    for m in range(len(a)):
+        weight = (weight.float() + scale * torch.outer(b[:, m], a[m])).bfloat16()
+    return weight
+
+
+def truncated(weight, a, b, scale):
+    """The last sixteen bits of float32 cut off."""
+    return (weight.float() + scale * b @ a).view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32).bfloat16()
+
+
+CASES["merging in bfloat16"] = Case(
+    is_the_nearest,
+    {
+        "ours": lambda weight, a, b, scale: peft.merged(our_update(weight, a, b, scale))[0].weight.detach(),
+        "typed": merging(lambda a, b, scale: scale * b @ a),
+        "in float64": lambda weight, a, b, scale: (weight.double() + outer_products(a, b, scale)).bfloat16(),
+    },
+    {
+        "BA rounded first": merging(lambda a, b, scale: (scale * b @ a).bfloat16().float()),
+        "A and B rounded first": merging(lambda a, b, scale: scale * (b.bfloat16() @ a.bfloat16()).float()),
+        "A and B rounded, BA not": merging(lambda a, b, scale: scale * b.bfloat16().float() @ a.bfloat16().float()),
+        "one of the r after the other": rounded_each_time,
+        "cut off": truncated,
+        "nothing added": merging(lambda a, b, scale: 0 * b @ a),
+    },
+)
+
+
+# A kernel takes the same and a number of switches, and gives the weight after it was merged and taken back so often.
+
+
+def leaves_no_trace(switch):
+    """The weight is the old one, bit by bit, after one switch and after a hundred, in bfloat16 and in float32."""
+    for dtype in (torch.bfloat16, torch.float32):
+        weight, a, b = drawn_update(8, 8, 2, dtype=dtype)
+        for times in (1, 100):
+            assert torch.equal(switch(weight.clone(), a, b, 0.7, times), weight)
+
+
+def our_switch(weight, a, b, scale, times):
+    model = our_update(weight, a, b, scale)
+    for _ in range(times):
+        peft.unmerge(peft.merge(model))
+    return model[0].base.weight.detach()
+
+
+def switching(merge, back):
+    def switch(weight, a, b, scale, times):
+        for _ in range(times):
+            merged = merge(weight, scale * b @ a)
+            weight = back(merged, weight, scale * b @ a)
+        return weight
+
+    return switch
+
+
+def added(weight, change):
+    return (weight.float() + change).to(weight.dtype)
+
+
+CASES["taking an update back"] = Case(
+    leaves_no_trace,
+    {"ours": our_switch, "typed": switching(added, lambda merged, weight, change: weight)},
+    {
+        "by subtraction": switching(added, lambda merged, weight, change: added(merged, -change)),
+        "by subtraction of what was rounded": switching(
+            lambda weight, change: weight + change.to(weight.dtype),
+            lambda merged, weight, change: merged - change.to(merged.dtype),
+        ),
+        "never": switching(added, lambda merged, weight, change: merged),
+    },
+)
+
+
+# A kernel takes numbers of outputs, of inputs and the rank, and gives A, B and the scale of a new update with α = 2.
+
+
+def is_a_beginning(begin):
+    """ΔW is zero and yet can learn: at W = 0 the slope of ‖ΔW − M‖² reaches B, with α/r; A is Gaussian of variance 1/k."""
+    torch.manual_seed(4)
+    a, b, scale = begin(30, 400, 8)
+    assert a.shape == (8, 400) and b.shape == (30, 8)
+    near(outer_products(a[:, :5], b, scale), 0.0)
+    target = torch.randn(30, 400)
+    moved = (2 * scale * target @ a.mT).abs().max() + (2 * scale * b.mT @ target).abs().max()
+    assert moved > 0.1
+    near(scale, 2 / 8)
+    variance = a.square().mean().item() * 400
+    assert abs(variance - 1) < 5 * math.sqrt(2 / a.numel())
+
+
+def our_beginning(rows, columns, rank):
+    layer = peft.add_lora(torch.nn.Sequential(torch.nn.Linear(columns, rows)), ("0",), rank=rank, alpha=2.0)[0]
+    return layer.down.default.weight.detach(), layer.up.default.weight.detach(), layer.scaling["default"]
+
+
+def beginning(a=lambda r, k: torch.randn(r, k) / math.sqrt(k), b=torch.zeros, scale=lambda alpha, r: alpha / r):
+    return lambda rows, columns, rank: (a(rank, columns), b(rows, rank), scale(2.0, rank))
+
+
+CASES["how an update begins"] = Case(
+    is_a_beginning,
+    {"ours": our_beginning, "typed": beginning()},
+    {
+        "both zero": beginning(a=torch.zeros),
+        "both Gaussian": beginning(b=torch.randn),
+        "of variance 1/r": beginning(a=lambda r, k: torch.randn(r, k) / math.sqrt(r)),
+        "of variance 1": beginning(a=torch.randn),
+        "uniform of 1/√k": beginning(a=lambda r, k: (2 * torch.rand(r, k) - 1) / math.sqrt(k)),
+        "α for α/r": beginning(scale=lambda alpha, r: alpha),
+        "r/α for α/r": beginning(scale=lambda alpha, r: r / alpha),
+        "α/√r for α/r": beginning(scale=lambda alpha, r: alpha / math.sqrt(r)),
+    },
+)
+
+
+# A kernel takes a causal attention, tokens h (B, N, width) and a prefix of keys and values (2, P, width), and gives the output.
+
+
+def sees_the_prefix(attend):
+    """By loops over heads and tokens: a token looks at all of the prefix, at itself and at what stands before it, and at no more."""
+    torch.manual_seed(6)
+    for length, tokens in ((1, 4), (3, 4), (5, 2), (4, 1)):
+        attention = CausalAttention(12, 3).double()
+        h, prefix = torch.randn(2, tokens, 12).double(), torch.randn(2, length, 12).double()
+        found = attend(attention, h, prefix)
+        assert found.shape == h.shape
+        near(found.detach(), typed_attention(attention, h, prefix=prefix, causal=True)[1].detach())
+
+
+def typed_prefix(hidden, queries=lambda h, prefix: h, scaled=True, order=lambda prefix, own: (prefix, own)):
+    """Attention with a mask (N, P, …) → (N, P + N), True where nobody may look."""
+
+    def attend(attention, h, prefix):
+        q = attention.query(queries(h, prefix))
+        k, v = (
+            torch.cat(order(part.expand(len(h), -1, -1), layer(h)), 1)
+            for part, layer in zip(prefix, (attention.key, attention.value), strict=True)
+        )
+        q, k, v = (x.unflatten(2, (attention.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        scores = q @ k.mT / (q.shape[-1] ** 0.5 if scaled else 1.0)
+        mask = hidden(q.shape[2], prefix.shape[1])
+        assert mask.shape[-1] == scores.shape[-1]  # a mask for as many keys as queries does not fit
+        return attention.out((scores.masked_fill(mask, -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    return attend
+
+
+def after(n, keys, shift):
+    """True above a diagonal of (n, keys)."""
+    return torch.ones(n, keys, dtype=torch.bool).triu(shift)
+
+
+def beside(left, n):
+    """A mask of the prefix beside the causal one of the tokens."""
+    return torch.cat([left, after(n, n, 1)], 1)
+
+
+def right_mask(n, p):
+    return beside(torch.zeros(n, p, dtype=torch.bool), n)
+
+
+CASES["a prefix's mask"] = Case(
+    sees_the_prefix,
+    {
+        "ours": lambda attention, h, prefix: peft.PrefixAttention(attention, lambda: prefix)(h),
+        "typed": typed_prefix(right_mask),
+    },
+    {
+        "as many keys as queries": typed_prefix(lambda n, p: after(n, n, 1)),
+        "counted from the first key": typed_prefix(lambda n, p: after(n, p + n, 1)),
+        "the prefix is later": typed_prefix(lambda n, p: beside(torch.ones(n, p, dtype=torch.bool), n)),
+        "padded on the other side": typed_prefix(lambda n, p: right_mask(n, p).flip(0, 1)),
+        "no mask": typed_prefix(lambda n, p: torch.zeros(n, p + n, dtype=torch.bool)),
+        "nobody sees itself": typed_prefix(lambda n, p: after(n, p + n, p)),
+        "one token too many": typed_prefix(lambda n, p: after(n, p + n, p + 2)),
+        "the prefix is causal too": typed_prefix(lambda n, p: beside(after(n, p, 1), n)),
+        "the prefix asks as well": typed_prefix(
+            lambda n, p: after(n, n, 1), queries=lambda h, prefix: torch.cat([prefix[0].expand(len(h), -1, -1), h], 1)
+        ),
+        "the prefix stands behind": typed_prefix(right_mask, order=lambda prefix, own: (own, prefix)),
+        "not divided by √d": typed_prefix(right_mask, scaled=False),
+        "no prefix": lambda attention, h, prefix: attention(h),
     },
 )
 

@@ -1,6 +1,6 @@
 """How the embedded cuts were made: `python -m dgm_course.data.cut FOLDER`, where FOLDER holds the full sets.
 
-With `python -m dgm_course.data.cut text SOURCES` the texts, from a folder with the sources of notebooks. Both keep the other's files.
+With `python -m dgm_course.data.cut text NOTEBOOKS` the texts, from a folder with notebooks. Both keep the other's files.
 """
 
 import hashlib
@@ -30,12 +30,11 @@ def cut(source: str) -> None:
     (FOLDER / "hashes.json").write_text(json.dumps(hashes, indent=2) + "\n")
 
 
-def cut_text(sources: str) -> None:
+def cut_text(notebooks: str) -> None:
     """Write the prose of all notebooks, without displayed formulas, and the beginning of their code, and the hashes."""
     most = {"prose": None, "code": 120_000}
-    import jupytext
-
-    cells = [cell for file in sorted(Path(sources).glob("*.py")) for cell in jupytext.read(file).cells]
+    files = sorted(Path(notebooks).glob("*.ipynb"))
+    cells = [cell for file in files for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]]
     prose = re.sub(r"\n*\$\$.*?\$\$\n*", "\n\n", _joined(cells, "markdown"), flags=re.S)
     hashes = json.loads((FOLDER / "hashes.json").read_text())
     for name, whole in {"prose": prose, "code": _joined(cells, "code")}.items():
@@ -47,7 +46,7 @@ def cut_text(sources: str) -> None:
 
 def _joined(cells: list, kind: str) -> str:
     """The cells of a kind, each that was not there before, as one text."""
-    return "\n\n".join(dict.fromkeys(cell.source.strip() for cell in cells if cell.cell_type == kind))
+    return "\n\n".join(dict.fromkeys("".join(cell["source"]).strip() for cell in cells if cell["cell_type"] == kind))
 
 
 if __name__ == "__main__":
@@ -57,5 +56,5 @@ if __name__ == "__main__":
         cut(sys.argv[1])
     else:
         sys.exit(
-            "usage: python -m dgm_course.data.cut FOLDER, where FOLDER holds mnist/train.parquet and so on; or text SOURCES"
+            "usage: python -m dgm_course.data.cut FOLDER, where FOLDER holds mnist/train.parquet and so on; or text NOTEBOOKS"
         )

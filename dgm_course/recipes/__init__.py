@@ -151,7 +151,7 @@ def _kept(row: dict, card: dict, out: Path) -> Path | None:
 
 def _floor(card: dict, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:
     """What real images score against real images, with the numbers that the card is scored with: as low as a score can be."""
-    if "classifier" not in card.get("scored with", {}):
+    if "classifier" not in card.get("scored with", {}) or "hand" in card:  # a user has too few images
         return {}
     settings, g = card["scored with"], torch.Generator().manual_seed(0)
     judge = checkpoints.load(settings["classifier"])

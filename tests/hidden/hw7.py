@@ -300,7 +300,7 @@ first_nan = first(
     adam=lambda G, B, s: (s * B @ (B.mT @ G).sign(), s * math.sqrt(2 * B.shape[1] / math.pi) * G / G.norm(dim=0))
 )
 first_mean_is_the_step = first(
-    sgd=lambda G, B, s: 2 * (s**2 * B @ (B.mT @ G),), adam=lambda G, B, s: 2 * (s * B @ (B.mT @ G).sign(),)
+    sgd=lambda G, B, s: (s**2 * B @ (B.mT @ G),) * 2, adam=lambda G, B, s: (s * B @ (B.mT @ G).sign(),) * 2
 )
 first_of_the_notebook = first(
     sgd=lambda G, B, s: (s**2 * B @ (B.mT @ G), s**2 * B.shape[1] / G.shape[1] * G),
@@ -610,7 +610,7 @@ def best_by_regression(delta, inputs, budget):
 
 def best_in_own_dtype(delta, inputs, budget):
     W = delta.flatten(1)
-    U, sigma, _ = torch.linalg.svd(inputs.mT @ inputs / len(inputs) if False else W @ inputs.mT, full_matrices=False)
+    U, sigma, _ = torch.linalg.svd(W @ inputs.mT, full_matrices=False)
     U = U[:, : ranks_in(delta, budget)]
     return (U @ U.mT @ W).reshape(delta.shape), tails(sigma, *W.shape) / len(inputs)
 
@@ -936,7 +936,7 @@ def files(g, ranks, shape, rooted, dtype=DOUBLE, weights=None):
 JOINED = Exercise(
     "joined",
     points=3,
-    minutes=25,
+    minutes=20,
     difficulty=3,
     reference=joined,
     outputs=("A", "B", "overlap"),
@@ -1413,10 +1413,6 @@ def prefix_two_softmaxes(halved):
         return both.transpose(1, 2).flatten(2), share
 
     return answer
-
-
-def prefix_first_head_reads_all(q, k, v, prefix, real, heads):
-    return with_a_prefix(split=lambda h, heads: h.unsqueeze(-3))(q, k, v, prefix, real, 1)
 
 
 def prefix_no_heads(q, k, v, prefix, real, heads):
