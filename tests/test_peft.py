@@ -255,6 +255,7 @@ def test_an_update_is_an_explicit_weight(make):
     layer, x = LoRA(base), food(base)
     for k, name in enumerate(("bold", "thin")):
         layer.add(name, rank=2 + k, alpha=0.7 + k)
+        assert layer.active == {name: 1.0}
     trained(layer)
     for weights in ({"thin": 1.0}, {"bold": 0.4}, {"bold": 0.5, "thin": -1.5}, {"thin": 2.0, "bold": 0.0}, {}):
         activate(layer, **weights)
@@ -336,11 +337,15 @@ def test_the_best_update_is_eckart_youngs(rank):
 
 
 def test_parameters():
-    """r(d + k) for a layer of d × k, r(CK² + d) for a convolution; only the newest update learns, and no base."""
+    """r(d + k) for a layer of d × k, r(CK² + d) for a convolution, r at most the least side; only the newest update learns."""
     for make in LAYERS.values():
         base = make()
         model = add_lora(nn.Sequential(base), ("0",), rank=2)
         assert sum(p.numel() for p in trainable(model).values()) == 2 * (base.weight[0].numel() + len(base.weight))
+    for base, most in ((nn.Linear(7, 5), 5), (nn.Conv2d(2, 9, 3), 9), (nn.Conv2d(2, 30, 3), 18)):
+        add_lora(nn.Sequential(base), ("0",), rank=most)
+        with refused(other := nn.Sequential(base), f"^rank must be a whole number from 1 to {most}, .* got {most + 1}"):
+            add_lora(other, ("0",), rank=most + 1)
     model = add_lora(model, ("0",), rank=1, name="newer")
     assert set(trainable(model)) == {"0.down.newer.weight", "0.up.newer.weight"}
 
@@ -431,6 +436,7 @@ UNKNOWN = r"^weights must name updates of the model, bold, thin; got 'blod'"
     (lambda m: add_lora(m, ("enter",), rank=0, name="new"), "^rank must be a whole number from 1 to 6, .* got 0", ValueError),
     (lambda m: add_lora(m, ("enter",), rank=2.0, name="new"), "^rank must be a whole number .* got 2.0", ValueError),
     (lambda m: add_lora(m, ("enter", "body.2"), rank=1, name="thin"), "^name must be new; there is an update 'thin'", ValueError),
+    (lambda m: add_lora(m, ("enter",), rank=1, name="bold"), "^name must be new; there is an update 'bold'", ValueError),
     (lambda m: add_lora(m, ("enter",), rank=1, name="a.b"), "^name must be a word without a dot; got 'a.b'", ValueError),
     (lambda m: add_lora(m, ("enter",), rank=1, name=""), "^name must be a word without a dot; got ''", ValueError),
     (lambda m: add_lora(m, ("enter",), rank=1, name="train"), "^name must .* got 'train'", ValueError),
@@ -561,6 +567,7 @@ def test_a_merged_model_can_be_moved():
     merge(model).double()
     assert list(model.state_dict()) == keys
     before = {name: value.double() for name, value in numbers(unmerge(copy.deepcopy(model))).items()}
+    assert fingerprint(model) == fingerprint(unmerge(copy.deepcopy(model)))
     assert equal(numbers(unmerge(model)), before) and not equal(numbers(merge(model)), before)
 
 

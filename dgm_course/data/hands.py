@@ -57,7 +57,7 @@ def thickened(x: Tensor, pixels: float) -> Tensor:
     sign = 1 if pixels > 0 else -1
     spread, padded = sign * large, torch.nn.functional.pad(sign * large, 4 * [reach], value=-1.0 if sign > 0 else 1.0)
     for down, right in (disc + reach).tolist():
-        spread = torch.maximum(spread, padded[..., down : down + large.shape[-2], right : right + large.shape[-1]])
+        torch.maximum(spread, padded[..., down : down + large.shape[-2], right : right + large.shape[-1]], out=spread)
     return torch.nn.functional.avg_pool2d(sign * spread, 4)
 
 
