@@ -27,8 +27,8 @@
 # | 1 | `grouped_update` | 2 | ●●○○○ | 15 |
 # | 2 | `first_step` | 4 | ●●●●○ | 30 |
 # | 3 | `best_update` | 4 | ●●●●○ | 30 |
-# | 4 | `joined` | 3 | ●●●○○ | 20 |
-# | 5 | `merged_pair` | 3 | ●●○○○ | 20 |
+# | 4 | `joined` | 4 | ●●●○○ | 25 |
+# | 5 | `merged_pair` | 2 | ●●○○○ | 15 |
 # | 6 | `prefix_attention` | 4 | ●●●○○ | 25 |
 # | | | **20** | | **140** |
 #
@@ -211,7 +211,7 @@ if hw.check(grouped_update):
     plots.grid(torch.stack(list(maps.values()))[:, None], labels=list(maps), scale=2.5)
 
 # %% [markdown]
-# **What to see.** How large each kernel of $\Delta W$ is, from 16 channels (across) to 16 outputs (down); black is nothing. With more groups there are fewer kernels, in blocks along the diagonal. In a block of $g = 8$ each row is a multiple of the other: $r/g = 1$ channel in the middle leaves no more.
+# **What to see.** How large each kernel of $\Delta W$ is, from 16 channels (across) to 16 outputs (down); black is nothing. With more groups there are fewer kernels, in blocks along the diagonal. At $g = 8$ the two rows of a block are multiples of each other: there is one channel in the middle, $r/g = 1$, and it leaves no more.
 #
 # **Question.** (a) Which share of the numbers of $\Delta W$ do $A$ and $B$ have, and how does it depend on $g$? (b) A *depthwise* convolution has $g = C = d$: a kernel for each channel. What does LoRA save there, with the least $r$ that is possible? (c) Stride, padding and dilation belong to $A$. What would go wrong if $B$, too, had the layer's stride?
 #
@@ -296,7 +296,7 @@ if hw.check(first_step):
 # **Question.** (a) Under Adam, for which $s$ does the mean step not depend on $r$ if $A$ is random, and for which if $B$ is random? Where does the difference come from, as the two halves look like mirror images? (b) Below, the training with $B$ random is faster at each rank, for the same scale and the same learning rate. Is it the better start?
 #
 # <!-- BEGIN SOLUTION -->
-# (a) $\alpha/r$ if $A$ is random, $\alpha/\sqrt r$ if $B$ is. What differs is the variance. Each of the $r$ directions adds the mean size of one entry's coordinate: $\sqrt{2/\pi k}$ for $A$, which does not know $r$, so the sum grows like $r$; and $\sqrt{2/\pi r}$ for $B$, so the sum grows like $\sqrt r$. (Under SGD: $\alpha/\sqrt r$ and $\alpha$.) Had one drawn $B$ with variance $1/d$, the two starts would be mirror images. So a rule for the scale is a rule for a start and an optimizer. (b) Not for that. Its first step is larger: for a $G$ whose entries are all about alike, the two sizes are $s\sqrt{2r/\pi}\,\sqrt k$ and $s\,r\sqrt{2/\pi k}\,\sqrt d$, and the first is $k/\sqrt{dr}$ times the second. A larger learning rate would do the same for the other start. A comparison is fair if each start has its own best rate, and the paper finds $A$ random to be better then.
+# (a) $\alpha/r$ if $A$ is random, $\alpha/\sqrt r$ if $B$ is. What differs is the variance. Each of the $r$ directions adds the mean size of its coordinate along $\hat g$: $\sqrt{2/\pi k}$ for $A$, where there is no $r$ in it, so the sum grows like $r$; and $\sqrt{2/\pi r}$ for $B$, so the sum grows like $\sqrt r$. (Under SGD: $\alpha/\sqrt r$ and $\alpha$.) Had one drawn $B$ with variance $1/d$, the two starts would be mirror images. So a rule for the scale is a rule for a start and an optimizer. (b) Not for that. Its first step is larger: for a $G$ whose entries are all about alike, the two sizes are $s\sqrt{2r/\pi}\,\sqrt k$ and $s\,r\sqrt{2/\pi k}\,\sqrt d$, and the first is $k/\sqrt{dr}$ times the second. A larger learning rate would do the same for the other start. A comparison is fair if each start has its own best rate, and the paper finds $A$ random to be better then.
 # <!-- END SOLUTION -->
 
 # %% [markdown]
@@ -311,7 +311,7 @@ if hw.check(first_step):
 # **Write** `best_update(delta, inputs, budget)`, which gives the $M$ with the least $E(M)$ that fits into a file; and the least error of each rank.
 #
 # - `delta`: $\Delta W$, $(d, \dots)$, float32 or float64: the weight of a linear layer, $(d, k)$, or of a convolution, $(d, C, K, K')$, which is a matrix with $k = CKK'$ columns. `inputs`: the $x_i$, $(N, k)$, for a convolution its flattened patches. They span all $k$ directions.
-# - `budget`: an int, how many numbers the file may hold. $M$ is stored as $B$ and $A$, $d\times r$ and $r\times k$; take the largest $r$ that fits, but no more than $\min(d, k)$. If nothing fits, $M = 0$.
+# - `budget`: an int, how many numbers the file may hold. $M$ is stored as $B$ and $A$, $d\times r$ and $r\times k$; take the largest $r$ that fits, but no more than $\min(d, k)$. If nothing fits, $M = 0$. (The best $M$ is only one: no two singular values that matter are equal.)
 # - Returns `(update, left)`: $M$, of the shape and dtype of `delta`; and $E$ of the best $M$ of rank 0, 1, …, $\min(d, k)$, of shape $(\min(d, k)+1,)$, in the same dtype.
 #
 # <details><summary>Hint 1</summary>
@@ -376,9 +376,9 @@ if hw.check(best_update):
 # <!-- END SOLUTION -->
 
 # %% [markdown]
-# ## 4. Several files in one (3 points)
+# ## 4. Several files in one (4 points)
 #
-# ●●●○○ · 20 minutes · read again: sections 2.5 and 2.6 of the notebook
+# ●●●○○ · 25 minutes · read again: sections 2.5 and 2.6 of the notebook
 #
 # You have $n$ files for one layer: $A_i$ of shape $(r_i, k)$, $B_i$ of shape $(d, r_i)$ and $\alpha_i$. Most are plain, with the scale $s_i = \alpha_i/r_i$; some were trained as rank-stabilised LoRA, with $s_i = \alpha_i/\sqrt{r_i}$. You want *one* file, which any reader of plain files understands, that does the same as all of them together with weights $w_i$:
 #
@@ -438,9 +438,9 @@ if hw.check(joined):
         total += joined(downs, ups, ranks, ranks < 0, 0 * ranks, 1.0)[2]
     cosines = total / total.diagonal().sqrt() / total.diagonal().sqrt()[:, None]
     claim("each student has more in common with its teacher than with any earlier one", all((row[: i + 1].diff() > 0).all() for i, row in enumerate(cosines[:4])))
-    claim("and than any of them with the consistency model, which began at the base", cosines.diagonal(-1)[:3].min() > cosines[4, :4].max())
-    lines = {name.removeprefix("mnist-"): row[:4] for name, row in zip(tuned, cosines, strict=True)}
-    plots.curves(torch.tensor([8, 4, 2, 1]), lines, "steps of the student", "cosine with the student's update", logx=True)
+    claim("and more than any of them has with the consistency model, which began at the base", cosines.diagonal(-1)[:3].min() > cosines[4, :4].max())
+    lines = {name.removeprefix("mnist-"): row[:4].flip(0) for name, row in zip(tuned, cosines, strict=True)}
+    plots.curves(torch.tensor([1, 2, 4, 8]), lines, "steps of the student", "cosine with the student's update", logx=True)
 
 # %% [markdown]
 # **What to see.** Cosines between the updates of five fine-tuned models, that is, the inner product over both lengths, with all 17 layers taken together and each update as a file of rank 16. Along the chain of students neighbours are much alike, for each began where its teacher ended. The consistency model began at the base and never saw a student. Still its update has much in common with theirs, the more the fewer steps they make: it, too, learnt to go far at once.
@@ -452,9 +452,9 @@ if hw.check(joined):
 # <!-- END SOLUTION -->
 
 # %% [markdown]
-# ## 5. Merging in bfloat16 (3 points)
+# ## 5. Merging in bfloat16 (2 points)
 #
-# ●●○○○ · 20 minutes · read again: section 2.4 of the notebook
+# ●●○○○ · 15 minutes · read again: section 2.4 of the notebook
 #
 # A base in bfloat16 has 8 bits for the digits of a number. An update adds a hundredth of a weight to it, or a thousandth, and much of that falls off the end. Let $n$ updates be merged at once. There are many places where one could round, and one where one must: the sum $W+\Delta W$ has to be a number of bfloat16 in the end. Whatever is rounded before that is lost for nothing.
 #
@@ -534,9 +534,9 @@ if hw.check(merged_pair):
 #
 # **Write** `prefix_attention(q, k, v, prefix, real, heads)`, which gives what the attention says, before its output layer; and $\lambda$, the share of the softmax's mass that the prefix takes.
 #
-# - `q`: $(B, N, D)$. `k`, `v`: $(B, M, D)$. `prefix`: $(2, P, D)$, first the keys, then the values, $P\ge1$. All float32, or all float64. `real`: bool, $(B, M)$, False where there is padding. `heads`: $H$, an int that divides $D$. A head has $D/H$ numbers in a row of each vector, the first head the first ones.
+# - `q`: $(T, N, D)$ for $T$ texts. `k`, `v`: $(T, M, D)$. `prefix`: $(2, P, D)$, first the keys, then the values, $P\ge1$. All float32, or all float64. `real`: bool, $(T, M)$, False where there is padding. `heads`: $H$, an int that divides $D$. A head has $D/H$ numbers in a row of each vector, the first head the first ones.
 # - A query may itself be padding, and even all of a text may be: then it sees the prefix alone.
-# - Returns `(out, share)`: $(B, N, D)$, the heads side by side again, and $\lambda$, $(B, H, N)$.
+# - Returns `(out, share)`: $(T, N, D)$, the heads side by side again, and $\lambda$, $(T, H, N)$.
 #
 # <details><summary>Hint</summary>
 #
@@ -549,12 +549,12 @@ if hw.check(merged_pair):
 def prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, real: Tensor, heads: int
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention behind a prefix, (B, N, D), and the prefix's share of the softmax, (B, heads, N).
+    """Causal attention behind a prefix, (T, N, D), and the prefix's share of the softmax, (T, heads, N).
 
     Arguments:
-        q, k, v: Queries, (B, N, D), and the keys and values of the text so far, (B, M, D).
+        q, k, v: Queries, (T, N, D), and the keys and values of the texts so far, (T, M, D).
         prefix: Keys and values of the prefix, (2, P, D).
-        real: Which keys are no padding, bool (B, M).
+        real: Which keys are no padding, bool (T, M).
         heads: How many heads share D.
     """
     # BEGIN SOLUTION

@@ -227,3 +227,22 @@ def test_a_language_model_trains_to_a_checkpoint(tmp_path, monkeypatch, fits):
         nats -= logits.log_softmax(1)[torch.arange(len(pieces)), pieces[:, n]].sum().item()
     bits = nats / len(pieces) / 16 / torch.tensor(2.0).log().item()
     assert card["scores"]["test bits per byte"] == pytest.approx(bits, abs=1e-3)
+
+
+@pytest.mark.parametrize("user", hands.HANDS)
+def test_the_shipped_files_fit_the_shipped_base(user, monkeypatch):
+    """An update of rank 2 for each user: it lowers the base's loss on held-out images to what the table says."""
+    monkeypatch.undo()
+    d = checkpoints.load("mnist-dit")
+    x, y = hands.pages(user, "test")
+    chosen = torch.arange(0, len(x), 20)
+    batch = training.batches(x[chosen], d.path, size=100, y=y[chosen], drop=0, seed=2)(0)
+    with torch.no_grad():
+        before = losses.simple(d, **batch).item()
+        peft.load_lora(d.net, checkpoints.FOLDER / "users" / user)
+        after = losses.simple(d, **batch).item()
+    kept = [
+        r for r in tables.load("mnist-users")["rows"] if (r["user"], r["kind"], r["seed"]) == (user, "LoRA, r = 2", 0)
+    ]
+    assert kept[0]["parameters"] == sum(p.numel() for p in peft.trainable(d).values()) == 16_128
+    assert after == pytest.approx(kept[0]["test loss"], rel=0.12) and after < 0.97 * before

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as write_tensors
 from torch import nn
 
-from dgm_course.peft.lora import LoRA, activate, add_lora
+from dgm_course.peft.lora import LoRA, activate, add_lora, lora_layers
 
 __all__ = ["fingerprint", "load_lora", "save_lora"]
 
@@ -27,21 +27,14 @@ def fingerprint(model: nn.Module) -> str:
         >>> fingerprint(add_lora(model, ["0"], rank=1)) == before
         True
     """
-    ours = {
-        id(p)
-        for layer in model.modules()
-        if isinstance(layer, LoRA)
-        for p in [*layer.down.parameters(), *layer.up.parameters()]
-    }
-    kept = {
-        id(layer.base.weight): layer.kept
-        for layer in model.modules()
-        if isinstance(layer, LoRA) and layer.kept is not None
-    }
+    layers = lora_layers(model)
+    updates = {id(p) for layer in layers for part in (layer.down, layer.up) for p in part.parameters()}
+    kept = {id(layer.base.weight): layer.kept for layer in layers if layer.kept is not None}
     digest = hashlib.sha256()
     for p in model.parameters():
-        if id(p) not in ours:
-            digest.update(kept.get(id(p), p).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if id(p) not in updates:
+            weight = kept.get(id(p), p).detach().cpu() + 0  # −0 becomes the 0 that it equals
+            digest.update(weight.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -58,7 +51,7 @@ def save_lora(model: nn.Module, folder: str | Path, name: str = "default") -> Pa
     """
     layers = {place: layer for place, layer in model.named_modules() if isinstance(layer, LoRA) and name in layer.down}
     if not layers:
-        known = sorted({name for layer in model.modules() if isinstance(layer, LoRA) for name in layer.down})
+        known = sorted({name for layer in lora_layers(model) for name in layer.down})
         raise ValueError(f"name must be an update of the model, {', '.join(known) or 'which has none'}; got {name!r}")
     kinds = {(layer.down[name].weight.shape[0], layer.scaling[name]) for layer in layers.values()}
     if len(kinds) > 1:

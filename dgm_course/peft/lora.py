@@ -58,11 +58,8 @@ class LoRA(nn.Module):
 
     def check(self, name: str, rank: int) -> None:
         """Raise a ValueError if no update of this name and rank can be added."""
-        most = min(self.base.weight.flatten(1).shape)
-        if not (isinstance(rank, int) and 1 <= rank <= most):
-            raise ValueError(
-                f"rank must be a whole number from 1 to {most}, the least side of the weight; got {rank!r}"
-            )
+        if not (isinstance(rank, int) and rank >= 1):
+            raise ValueError(f"rank must be a whole number of at least 1; got {rank!r}")
         if name in self.down:
             raise ValueError(f"name must be new; there is an update {name!r} already")
 
@@ -130,7 +127,7 @@ def add_lora(
     Arguments:
         model: Any module; one that has updates already gets another.
         targets: Names of layers; a layer matches if its name is one of them or ends in a dot and one of them.
-        rank: r.
+        rank: r; more than the least side of a weight is of no use.
         alpha: α of the scale α/r; None for α = r.
         name: Name of the update; the only active one afterwards.
         generator: Source of A.
@@ -193,7 +190,7 @@ def activate(model: nn.Module, **weights: float) -> nn.Module:
         >>> activate(model)[0].active, activate(model, bold=0.5)[0].active
         ({}, {'bold': 0.5})
     """
-    layers = _layers(model)
+    layers = lora_layers(model)
     known = sorted({name for layer in layers for name in layer.down})
     if unknown := [name for name in weights if name not in known]:
         raise ValueError(
@@ -213,14 +210,14 @@ def merge(model: nn.Module) -> nn.Module:
     Source:
         | LoRA (Hu et al., 2021), section 4.1, "No Additional Inference Latency"
     """
-    for layer in _layers(model):
+    for layer in lora_layers(model):
         layer.merge()
     return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Give every layer of a merged model its old weight back, bit for bit, in place."""
-    for layer in _layers(model):
+    for layer in lora_layers(model):
         layer.unmerge()
     return model
 
@@ -245,10 +242,11 @@ def merged(model: nn.Module) -> nn.Module:
     return model
 
 
-def _layers(model: nn.Module) -> list[LoRA]:
+def lora_layers(model: nn.Module) -> list[LoRA]:
+    """The layers of a model that have updates."""
     return [layer for layer in model.modules() if isinstance(layer, LoRA)]
 
 
 def _unmerged(model: nn.Module, wish: str) -> None:
-    if any(layer.kept is not None for layer in _layers(model)):
+    if any(layer.kept is not None for layer in lora_layers(model)):
         raise ValueError(f"model must not be merged for {wish}; call unmerge first")

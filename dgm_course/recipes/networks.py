@@ -47,7 +47,7 @@ NETWORKS = {
         "what": "language model of bytes: a transformer with 4 blocks, trained on the prose of this course's notebooks",
         "data": "prose",
         "net": {"class": "LanguageModel", "width": 128, "depth": 4, "heads": 4, "ratio": 3, "length": 128},
-        "steps": 2000,
+        "steps": 1000,
         "batch": 32,
         "seed": 0,
         "fit": {"lr": 2e-3, "weight_decay": 0.1, "precision": "float32"},

@@ -563,15 +563,15 @@ def cut_to(r):
         if place.endswith(personal.TARGETS):
             U, S, Vt = torch.linalg.svd(M, full_matrices=False)
             d.net.get_submodule(place).weight.data += (U[:, :r] * S[:r] @ Vt[:r]).float()
-    return loss_on(d, own, own_labels)
+    return loss_on(d, held_out, held_labels)
 
 
 # %%
-own, own_labels = in_hand("bold", 100)
-ranks = [0, 1, 2, 4, 8, 16, 32, 64, 128]
+held_out, held_labels = in_hand("bold", 100)
+ranks = [0, 1, 2, 4, 8, 16, 128]
 after_cut = torch.tensor([cut_to(r) for r in ranks])
 made, (ax,) = plots.panels(1, width=7.0, height=3.4)
-in_full = loss_on(bold_in_full, own, own_labels)
+in_full = loss_on(bold_in_full, held_out, held_labels)
 ax.axhline(in_full, color=style.EXACT, linewidth=1)
 plots.curves(torch.arange(len(ranks)), {"cut": after_cut}, "rank r", "loss in the user's hand", ax=ax)
 ax.set_xticks(range(len(ranks)), [str(r) for r in ranks])
@@ -650,7 +650,7 @@ claim("Adam: c² times α is c times the rate of both, if A starts c times as la
 # With $s = \alpha/r$ this does *not* depend on $r$. Both formulas, checked over many $A$:
 
 # %%
-rows_, k_, many = 3, 40, 40_000
+rows_, k_, many = 3, 40, 20_000
 G = normal(rows_, k_)
 for r in (1, 4, 16):
     A = normal(many, r, k_) / k_**0.5
@@ -868,7 +868,7 @@ claim("and λ is the mass on the first 5", torch.allclose(with_prefix.weights(h)
 # and its value, zero, is mixed in: what a token hears shrinks by $1-\lambda$. No finite keys make $\lambda = 0$ for all queries. So a prefix begins by *disturbing* the base. How much? Left: the mean share in each of the four blocks of the trained DiT, for a prefix of zeros; dashed, what it would be if all scores were equal, $P/(P+49)$. Right: the denoising loss on digits before any training, with zeros and with the usual random table. *Which start disturbs less?*
 
 # %%
-digits, digit_labels = data.balanced(*data.images(data.load("mnist", "test")), 100, torch.Generator().manual_seed(0))
+digits, digit_labels = data.balanced(*data.images(data.load("mnist", "test")), 60, torch.Generator().manual_seed(0))
 lengths = [1, 2, 4, 8, 16, 32]
 
 
@@ -879,8 +879,8 @@ def untrained(P, zeros):
     peft.add_prefix(d.net, length=P)
     if zeros:
         nn.init.zeros_(d.net.prefix.table.weight)
-    half, ten_digits = torch.full((10,), 0.5), digits[::10]
-    maps = attention_maps(d.net, base.path.perturb(ten_digits, 0.5, noisy), half, digit_labels[::10])
+    half, ten_digits = torch.full((10,), 0.5), digits[::6]
+    maps = attention_maps(d.net, base.path.perturb(ten_digits, 0.5, noisy), half, digit_labels[::6])
     return torch.stack([m[..., :P].sum(-1).mean() for m in maps]), loss_on(d, digits, digit_labels)
 
 
@@ -1206,7 +1206,7 @@ done = training.fit(
 mine, start = done.ema, torch.randn(10, 1, 28, 28, generator=g)
 
 
-def draw(d, begin=start, labels=ten, steps=16):
+def draw(d, begin=start, labels=ten, steps=10):
     """Images in so many steps of DDIM, with clipped guesses; always from the same noise."""
     return samplers.last(samplers.ddim(clipped(lambda xt, t: d(xt, t, y=labels)), d.path, begin, d.path.times(steps)))
 
@@ -1217,11 +1217,11 @@ peft.activate(mine.net)
 off = draw(mine)
 peft.activate(mine.net, default=1.0)
 claim("switched off, the base's digits are back, bit by bit", torch.equal(off, before))
-losses_now = [loss_on(model, own, own_labels) for model in (base, mine)]
+losses_now = [loss_on(model, held_out, held_labels) for model in (base, mine)]
 claim("loss in the user's hand: at least a quarter less than the base's", losses_now[1] < 0.75 * losses_now[0])
 plain_now = [loss_on(model, digits, digit_labels) for model in (base, mine)]
 claim("loss on plain digits: more than the base's", plain_now[1] > 1.2 * plain_now[0])
-plots.rows([before, after, own[::10]], labels=["base", "with bold's update", "bold's own"])
+plots.rows([before, after, held_out[::10]], labels=["base", "with bold's update", "bold's own"])
 
 # %% [markdown]
 # The first two rows come from the same noise. TODO(look): The same digits, heavier, and leaning to the left. The third row is what bold writes; it was not used in the training.
@@ -1342,7 +1342,7 @@ code, span = data.text("code"), torch.arange(129)
 
 def pieces_of_code(step):
     own = torch.Generator().manual_seed(step)
-    return {"x": code[torch.randint(len(code) - 129, (16, 1), generator=own) + span]}
+    return {"x": code[torch.randint(len(code) - 129, (8, 1), generator=own) + span]}
 
 
 coder = copy.deepcopy(language)
@@ -1520,7 +1520,7 @@ claim("ODE: log p, to 1e-4", (of_ode - exact).abs().max() < 1e-4)
 chain_steps, entropy = [1, 2, 4, 8, 16, 32, 64, 128, 256], -exact.mean()
 bounds = {"beta": [], "posterior": []}
 for variance, T in ((variance, T) for variance in bounds for T in chain_steps if T > 1 or variance == "beta"):
-    x = points.repeat(20 if variance == "beta" else 4, 1)  # each point so many times
+    x = points.repeat(16, 1)  # each point so many times
     terms = likelihood.bound(ideal, path, x, path.times(T), variance=variance, generator=g)
     bounds[variance].append(terms.sum(0).mean())
 with_beta, with_posterior = (torch.stack(values) for values in bounds.values())
@@ -1535,7 +1535,7 @@ claim("T = 1: exactly −log of one normal density about the data's mean", (with
 i = torch.arange(2, 100_000, dtype=double)
 stays = ((i / (i - 1)) ** 2 - 1 - 2 * (i / (i - 1)).log()).sum() / 2
 left_open = with_posterior[-1] - entropy
-claim("with β̃ it does not tighten: it stays above by the sum in the text, to 0.15", abs(left_open - stays) < 0.15)
+claim("with β̃ it does not tighten: it stays above by the sum in the text, to 0.2", abs(left_open - stays) < 0.2)
 
 # %%
 made, (ax,) = plots.panels(1, width=7.4, height=3.6)

@@ -445,7 +445,7 @@ STEP = Exercise(
         "you took 2/π for the mean of |z|": (first_root_forgotten, "It is √(2/π)."),
         "you did not divide by the length of the column": (
             first_not_unit,
-            "The sign does not care how long the column of G is: E[sign(b·g) b] points along g, and its length does not depend on that of g.",
+            "The sign does not care how long the column g of G is: E[sign(b·g) b] points along g, with a length of its own.",
         ),
         "you took the sign of the whole step": (
             first_sign_of_all,
@@ -563,7 +563,9 @@ best_components = best(update=by_components)
 best_smallest = best(update=smallest)
 best_d_times_k = best(rank=lambda delta, budget: min(budget // delta.numel(), *delta.flatten(1).shape))
 best_one_side = best(rank=lambda delta, budget: min(budget // len(delta), *delta.flatten(1).shape))
-best_rounded_up = best(rank=lambda delta, budget: min(-(-budget // sum(delta.flatten(1).shape)), min(delta.flatten(1).shape)))
+best_rounded_up = best(
+    rank=lambda delta, budget: min(-(-budget // sum(delta.flatten(1).shape)), min(delta.flatten(1).shape))
+)
 best_at_least_1 = best(rank=lambda delta, budget: max(1, ranks_in(delta, budget)))
 best_kernel_once = best(
     rank=lambda delta, budget: min(budget // (delta.shape[0] + delta.shape[1]), *delta.flatten(1).shape)
@@ -897,11 +899,11 @@ def joined_by_traces(downs, ups, alphas, rooted, weights, alpha):
     rank, s = sum(len(A) for A in downs), []
     for A, a, root in zip(downs, alphas, rooted, strict=True):
         s.append(float(a) / math.sqrt(len(A)) if root else float(a) / len(A))
-    B = torch.cat([up.double() * (float(w) * one / (alpha / rank)) for up, w, one in zip(ups, weights, s, strict=True)], -1)
-    rows = [
-        [s[i] * s[j] * torch.trace((downs[j].double() @ downs[i].double().T) @ (ups[i].double().T @ ups[j].double())) for j in range(len(s))]
-        for i in range(len(s))
-    ]
+    B = torch.cat(
+        [up.double() * (float(w) * one / (alpha / rank)) for up, w, one in zip(ups, weights, s, strict=True)], -1
+    )
+    A, C = [down.double() for down in downs], [one * up.double() for one, up in zip(s, ups, strict=True)]
+    rows = [[torch.trace(A[j] @ A[i].T @ (C[i].T @ C[j])) for j in range(len(s))] for i in range(len(s))]
     return torch.cat(downs), B.to(ups[0].dtype), torch.stack([torch.stack(row) for row in rows])
 
 
@@ -911,7 +913,9 @@ def joined_by_qr(downs, ups, alphas, rooted, weights, alpha):
     scales = alphas / sizes(downs) ** (1 - 0.5 * rooted.double())
     row_basis = torch.linalg.qr(torch.cat(downs).double().mT)[1].split([len(A) for A in downs], 1)
     column_basis = torch.linalg.qr(torch.cat(ups, 1).double())[1].split([len(A) for A in downs], 1)
-    small = torch.stack([s * up @ down.mT for s, up, down in zip(scales, column_basis, row_basis, strict=True)]).flatten(1)
+    small = torch.stack(
+        [s * up @ down.mT for s, up, down in zip(scales, column_basis, row_basis, strict=True)]
+    ).flatten(1)
     B = [up * (w * s * rank / alpha).to(up.dtype) for up, w, s in zip(ups, weights, scales, strict=True)]
     return torch.vstack(list(downs)), torch.cat(B, dim=1), small @ small.mT
 
@@ -922,7 +926,9 @@ def files(g, ranks, shape, rooted, dtype=DOUBLE, weights=None):
     common = normal(g, d, max(ranks))
     n = len(ranks)
     drawn = torch.tensor([number(g, 0.3, 1.7) for _ in range(n)], dtype=DOUBLE)
-    signs = torch.ones(n, dtype=DOUBLE) if n == 1 else torch.where(torch.arange(n) == whole(g, 0, n), -1.0, 1.0).double()
+    signs = (
+        torch.ones(n, dtype=DOUBLE) if n == 1 else torch.where(torch.arange(n) == whole(g, 0, n), -1.0, 1.0).double()
+    )
     return {
         "downs": [(normal(g, r, k) + 0.7 * shared[:r]).to(dtype) / 2 for r in ranks],
         "ups": [(normal(g, d, r) + 0.7 * common[:, :r]).to(dtype) / 2 for r in ranks],
@@ -935,8 +941,8 @@ def files(g, ranks, shape, rooted, dtype=DOUBLE, weights=None):
 
 JOINED = Exercise(
     "joined",
-    points=3,
-    minutes=20,
+    points=4,
+    minutes=25,
     difficulty=3,
     reference=joined,
     outputs=("A", "B", "overlap"),
@@ -950,7 +956,7 @@ JOINED = Exercise(
     ),
     hidden={
         "other numbers of files and ranks": Group(
-            1,
+            1.5,
             lambda g: [
                 files(g, [4, 2, 3, 1], (6, 7), [True, True, False, False]),
                 files(g, [3, 3], (4, 3), [False, True], SINGLE),
@@ -959,7 +965,7 @@ JOINED = Exercise(
             ],
         ),
         "one file, files that are switched off, a very wide layer": Group(
-            1,
+            1.5,
             lambda g: [
                 files(g, [4], (5, 6), [False], SINGLE),
                 files(g, [1, 2], (3, 3), [True, True], weights=[0.0, 1.0]),
@@ -1046,7 +1052,7 @@ JOINED = Exercise(
         "you gave cosines": (joined_cosines, "Asked are the inner products, with the lengths in them."),
         "you multiplied the products of the A and of the B": (
             joined_two_traces,
-            "⟨B_iA_i, B_jA_j⟩ is a sum over all pairs of directions: (B_iᵀB_j)_{pq} (A_iA_jᵀ)_{pq}. Two traces have the pairs p = q only, and mix them.",
+            "⟨B_iA_i, B_jA_j⟩ is the sum of (B_iᵀB_j)_{pq} (A_iA_jᵀ)_{pq} over all p and q. Two traces have p = q only, and mix them.",
         ),
         "you summed all entries of the product of both small matrices": (
             joined_all_entries,
@@ -1066,7 +1072,14 @@ JOINED = Exercise(
         "traces": joined_by_traces,
         "QR": joined_by_qr,
     },
-    forbidden=("peft.LoRA.update", "peft.LoRA.merge", "peft.LoRA.forward", "peft.merge", "peft.merged", "peft.activate"),
+    forbidden=(
+        "peft.LoRA.update",
+        "peft.LoRA.merge",
+        "peft.LoRA.forward",
+        "peft.merge",
+        "peft.merged",
+        "peft.activate",
+    ),
 )
 
 
@@ -1187,8 +1200,8 @@ def merging(g, shape, rank, n, large=False):
 
 MERGED = Exercise(
     "merged_pair",
-    points=3,
-    minutes=20,
+    points=2,
+    minutes=15,
     difficulty=2,
     reference=merged_pair,
     outputs=("merged", "rest"),
@@ -1202,7 +1215,7 @@ MERGED = Exercise(
     ),
     hidden={
         "other shapes, several updates": Group(
-            1,
+            0.5,
             lambda g: [
                 merging(g, (9, 12), 3, 4),
                 merging(g, (12, 9), 2, 2, large=True),
@@ -1210,7 +1223,7 @@ MERGED = Exercise(
             ],
         ),
         "one update, weights much larger than it": Group(
-            1,
+            0.5,
             lambda g: [
                 merging(g, (16, 10), 1, 1, large=True),
                 merging(g, (10, 16), 4, 1),
@@ -1221,7 +1234,7 @@ MERGED = Exercise(
     mistakes={
         "you rounded the update before you added it": (
             merged_update_rounded,
-            "Two roundings are worse than one, and near the middle between two numbers the first decides the second. Add in float32, then round.",
+            "Two roundings are worse than one: near the middle between two numbers the first decides the second. Add, then round.",
         ),
         "you rounded each update": (
             merged_each_rounded,
@@ -1544,7 +1557,7 @@ PREFIX = Exercise(
     mistakes={
         "you began the triangle at the prefix": (
             prefix_from_the_first_key,
-            "The prefix stands before everything: no token of it is later than any query. The triangle is for the M own keys, which end with those of the queries.",
+            "No token of the prefix is later than any query. The triangle is for the M own keys, which end with those of the queries.",
         ),
         "you put the queries at the first keys": (
             prefix_queries_first,

@@ -88,7 +88,9 @@ def test_it_is_a_step_of_pytorch_on_a_real_layer(optimizer):
         return (weights * layer(x).sin()).sum()
 
     (grad,) = torch.autograd.grad(loss(), layer.base.weight)
-    made = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]([A, B], 0.02, **({} if optimizer == "sgd" else {"eps": 1e-30}))
+    made = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer](
+        [A, B], 0.02, **({} if optimizer == "sgd" else {"eps": 1e-30})
+    )
     loss().backward()
     made.step()
     near(B, start)
@@ -113,9 +115,7 @@ def test_the_mean_is_that_of_many_draws(optimizer, rank):
 def test_which_scale_makes_the_mean_the_same_for_all_ranks():
     grad = randn(6, 5)
     for optimizer, rule in (("sgd", 0.0), ("adam", 0.5)):
-        means = [
-            REFERENCE["first_step"](grad, randn(6, r), 2.0 * r**-rule, 0.1, optimizer)[1] for r in (1, 2, 5, 30)
-        ]
+        means = [REFERENCE["first_step"](grad, randn(6, r), 2.0 * r**-rule, 0.1, optimizer)[1] for r in (1, 2, 5, 30)]
         for mean in means[1:]:
             near(mean, means[0])
 
