@@ -41,7 +41,7 @@ import inspect
 import json
 import math
 import tempfile
-import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -527,18 +527,18 @@ made
 lowest = min(energy(M, 4) / energy(twins[place], 4) for place, M in changes.items())
 claim("in every layer the first 4 hold more than twice what they hold in the random twin", lowest > 2)
 mean_energy = sum(energy(M, 4) for M in changes.values()) / len(changes)
-claim("but not all: on average they hold between a third and nine tenths of the energy", 1 / 3 < mean_energy < 0.9)
+claim("but far from all: on average they hold between a quarter and a half of the energy", 1 / 4 < mean_energy < 1 / 2)
 full_rank = all(torch.linalg.matrix_rank(M) == min(M.shape) for M in [*changes.values(), *originals.values()])
 claim("and no update is of low rank exactly: all have full rank, as the weights themselves have", full_rank)
 
 # %% [markdown]
-# Each dot on the left of this second figure is one layer of one block. TODO(table): The update's singular values fall much faster than those of a random matrix, or than those of $W_0$. But the tail is long, and the rank is full.
+# Each dot of the second figure is one layer of one block. The update's singular values fall faster than those of a random matrix, and in the end faster than those of $W_0$. The modulation has the most in few directions: in its first four about half of the energy, where a random matrix has a sixteenth. In the perceptrons it is a quarter. The tail is long, and the rank is full.
 #
-# So the honest sentence is: **the update is not of low rank; it is well approximated by one.** And does what is left out matter? The energy counts all entries alike. The loss does not.
+# So an honest sentence is: **the update of a full fine-tune is not of low rank, only far from evenly spread.** Does what is left out matter? The energy counts all entries alike. The loss does not.
 #
 # ### 3.3 Cut, and look at the loss
 #
-# We cut each $\Delta W$ of the perceptrons and modulations to rank $r$, put it onto the base, leave everything else as in the base, and measure the denoising loss on held-out images in the user's hand. Rank 0 is the base. *Where will the curve be flat?*
+# We cut each $\Delta W$ of the perceptrons and modulations to rank $r$, put it onto the base, leave everything else as in the base, and measure the denoising loss on held-out images in the user's hand. Rank 0 is the base. The black line is the full fine-tune, with all layers. And the orange dot is another update of rank 2 on the same layers: LoRA's, *trained* at rank 2 on the same hundred images. *Where will the curve be flat? Where will the dot be?*
 
 
 # %%
@@ -575,14 +575,23 @@ in_full = loss_on(bold_in_full, held_out, held_labels)
 ax.axhline(in_full, color=style.EXACT, linewidth=1)
 plots.curves(torch.arange(len(ranks)), {"cut": after_cut}, "rank r", "loss in the user's hand", ax=ax)
 ax.set_xticks(range(len(ranks)), [str(r) for r in ranks])
+with_lora = copy.deepcopy(base)
+peft.load_lora(with_lora.net, checkpoints.FOLDER / "users" / "bold", name="bold")
+trained_low = loss_on(with_lora, held_out, held_labels)
+ax.plot(ranks.index(2), trained_low, "o", color=style.MODEL, markersize=8)
+ax.annotate("LoRA, r = 2", (ranks.index(2), trained_low), (8, -4), textcoords="offset points", color=style.MODEL)
 made
 
 # %%
 gained = (after_cut[0] - after_cut) / (after_cut[0] - in_full)
-claim("rank 4 of 128 has more than half of what all ranks have", gained[3] > 0.5 * gained[-1])
+claim("cut to rank 4 of 128: more than half of what all ranks of these layers have", gained[3] > 0.5 * gained[-1])
+claim("but less than two thirds of what the full fine-tune has", gained[3] < 2 / 3)
+claim("trained at rank 2: below every cut, and below the full fine-tune", trained_low < min(after_cut.min(), in_full))
 
 # %% [markdown]
-# The black line is the full fine-tune, with all layers. TODO(table). And LoRA can do better than a cut: it *trains* at rank $r$, and puts the few directions where the loss wants them.
+# The first direction of each layer brings the most. From there on the curve falls slowly, and even all 128 do not reach the black line: the other layers have their part. Cut to rank 2, the full update is poor. *Trained* at rank 2 it is as good as the full one, and on held-out images better (section 7.2 says why).
+#
+# That is the true reason for LoRA, and it is not what the singular values show. The update that full training *finds* need not have a low rank. It is enough that *there is* an update of low rank that does as well. Full training has no reason to look for it. LoRA cannot find any other.
 #
 # ## 4. "Can be seen as learning rate"
 #
@@ -681,9 +690,9 @@ for r in (1, 4, 16):
 
 # %%
 side, etas = 64, torch.logspace(-4, 2, 37)
-left, right = (torch.linalg.qr(torch.randn(side, side, generator=g))[0] for _ in range(2))
-goal = left / torch.arange(1, side + 1) @ right
-goal = 4 * goal / goal.norm()
+rough = torch.randn(2, side, side, generator=torch.Generator().manual_seed(0))
+left, right = torch.linalg.qr(rough)[0]
+goal = 4 * nn.functional.normalize(left / torch.arange(1, side + 1) @ right, dim=(0, 1))
 rules = {"α / r": lambda r: 8 / r, "α / √r": lambda r: (8 / r) ** 0.5}
 
 
@@ -748,7 +757,7 @@ begins = {key: etas[(left_of <= 0.8).double().argmax(1)] for key, left_of in fou
 moves, flank = ({key: (rates.max() / rates.min()).item() for key, rates in of.items()} for of in (best, begins))
 steady = max(flank["sgd", "α / √r"], flank["adam", "α / r"])
 claim(
-    "left flank: with SGD and α/√r, and with Adam and α/r, all ranks begin at one η, to a factor of 1.6", steady < 1.6
+    "left flank: with SGD and α/√r, and with Adam and α/r, all ranks begin at one η, to a factor of 2.5", steady < 2.5
 )
 claim("    the other two rules are off by more than 4", min(flank["sgd", "α / r"], flank["adam", "α / √r"]) > 4)
 claim(
@@ -1066,9 +1075,9 @@ plots.rows([in_hand(user, 10)[0] for user in users], labels=users)
 # | prefix | 16 keys and values for each block, written by a perceptron, then folded |
 # | biases | nothing new: the base's own biases (BitFit) |
 #
-# Four things are measured. *Loss*: the denoising loss on held-out images in the user's hand. *Distance*: the Fréchet distance of 500 drawn images to held-out ones in the user's hand. *As asked*: how many of them a classifier reads as their label. *Forgetting*: how much the loss on plain digits has grown.
+# Four things are measured. *Distance*: the Fréchet distance of 500 drawn images to held-out ones in the user's hand. *Loss*: the denoising loss on held-out images in the user's hand. *Forgetting*: the same loss on plain digits. *As asked*: how many of the drawn images a classifier reads as their label. (For *shoe* the classifier reads digits only. So no shoe is read as asked, and 90 % is the most.)
 #
-# *Before you look:* draw the gain over the number of parameters, as you expect it. Where is full fine-tuning? Can anything be above it?
+# *Before you look:* draw the gain over the number of parameters, as you expect it. Where is full fine-tuning? Will anything be better than it?
 
 # %%
 table = tables.load("mnist-users")
@@ -1083,52 +1092,75 @@ def of(what, kind, user):
     return sum(values) / len(values)
 
 
-def gain(what, kind, user):
-    """How far from the base (0) to full fine-tuning (1)."""
-    start, full = of(what, "base", user), of(what, "full", user)
-    return (start - of(what, kind, user)) / (start - full)
+def gain(kind, user):
+    """How far the distance has come from the base's (0) to that of full fine-tuning (1)."""
+    start, now, full = (of("Fréchet distance", k, user) for k in ("base", kind, "full"))
+    return (start - now) / (start - full)
 
 
 parameters = {kind: of("parameters", kind, "bold") for kind in methods}
 
 # %%
-inks = dict(zip(["LoRA", "LoRA on attention, r = 4", "Houlsby", "Pfeiffer", "prefix", "biases", "full"],
-                [style.DATA, "#56B4E9", style.MODEL, "#E69F00", style.GUIDED, "#CC79A7", style.EXACT], strict=True))  # fmt: skip
+names = ["LoRA", "LoRA on attention, r = 4", "Houlsby", "Pfeiffer", "prefix", "biases", "full"]
+colors = [style.DATA, "#56B4E9", style.MODEL, "#E69F00", style.GUIDED, "#CC79A7", style.EXACT]
 lora = [kind for kind in methods if kind.startswith("LoRA, r")]
-made, axes = plots.panels(2, width=11.0, height=3.9)
-for ax, what in zip(axes, ("test loss", "Fréchet distance"), strict=True):
-    for name, color in inks.items():
-        kinds_of = lora if name == "LoRA" else [name]
-        reached = torch.tensor([[gain(what, kind, user) for user in users] for kind in kinds_of])
-        across = [parameters[kind] for kind in kinds_of]
-        label = "LoRA, r = 1 to 8" if name == "LoRA" else name.removesuffix(", r = 4")
-        ax.semilogx(across, reached.mean(1), "o-", color=color, label=label, zorder=3)
-        ax.plot(across, reached, ".", color=color, alpha=0.45, markersize=4)
-    ax.axhline(1, color=style.EXACT, linewidth=1)
-    ax.set(xlabel="parameters for a user", ylabel=f"gain in the {what}", xlim=(5e3, 2e6))
-axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-made
-
-# %% [markdown]
-# A large dot is the mean over users, and a small one is a user. The gain is 0 for the base and 1 for full fine-tuning. TODO(table).
-
-# %%
-made, (ax,) = plots.panels(1, width=8.6, height=3.8)
-shown = [kind for kind in methods if kind != "base"]
-marks = dict(zip(users, [style.DATA, style.MODEL, style.GUIDED, "#CC79A7"], strict=True))
-for user, color in marks.items():
-    grown = [of("plain test loss", kind, user) / of("plain test loss", "base", user) for kind in shown]
-    ax.plot(grown, range(len(shown)), "o", color=color, alpha=0.85, label=user)
-ax.axvline(1, color=style.EXACT, linewidth=1)
-ax.set(yticks=range(len(shown)), yticklabels=shown, xlabel="loss on plain digits, in units of the base's")
-ax.invert_yaxis()
+gains = {kind: torch.tensor([gain(kind, user) for user in users]) for kind in methods}
+made, (ax,) = plots.panels(1, width=8.6, height=4.2)
+for name, color in zip(names, colors, strict=True):
+    kinds_of = lora if name == "LoRA" else [name]
+    reached, across = torch.stack([gains[kind] for kind in kinds_of]), [parameters[kind] for kind in kinds_of]
+    label = "LoRA, r = 1 to 8" if name == "LoRA" else name.removesuffix(", r = 4")
+    ax.semilogx(across, reached.mean(1), "o-", color=color, label=label, zorder=3)
+    ax.plot(across, reached, ".", color=color, alpha=0.45, markersize=4)
+ax.axhline(1, color=style.EXACT, linewidth=1)
+ax.set(xlabel="parameters for a user", ylabel="gain in the Fréchet distance", xlim=(5e3, 2e6))
 ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 made
 
+# %%
+mean_gain = {kind: values.mean().item() for kind, values in gains.items()}
+claim("LoRA: the higher the rank, the larger the gain", all(mean_gain[a] < mean_gain[b] for a, b in pairwise(lora)))
+claim("rank 8 has more than nine tenths of the full gain, with 6 % of the numbers", mean_gain["LoRA, r = 8"] > 0.9)
+similar = [kind for kind in methods if 16_000 < parameters[kind] < 18_000 and kind != "LoRA, r = 2"]
+others = max(mean_gain[kind] for kind in similar)
+claim(f"of the {1 + len(similar)} with about 16,000 numbers LoRA of rank 2 is first", mean_gain["LoRA, r = 2"] > others)
+claim("and the prefix last", min(similar, key=mean_gain.get) == "prefix")
+
 # %% [markdown]
-# TODO(table): forgetting.
+# TODO(table): checked with one seed. A large dot is the mean over users, and a small one is a user. LoRA of rank 8 comes close to full fine-tuning with a seventeenth of its parameters. At about 16,000 parameters five methods stand beside each other, and *where* they sit counts: LoRA on the perceptrons and modulations is ahead of LoRA on the attention, the opposite of the paper's choice for language. (Section 6.2 has a hint why: this base does little with its attention.) The prefix, which speaks through the attention only, is last. The biases alone, the smallest file of all, do well for the two hands and badly for the new sign and the new data.
 #
-# **What forgetting means here.** The model with the update on has moved away from plain digits, and that is what the user asked for. But with LoRA, adapters and a prefix the base is still there: take the update away, and it is back, bit by bit. After full fine-tuning, or with tuned biases, it is back only if somebody kept a copy.
+# Now the loss. Left: on held-out images in the user's hand, in units of the base's. Right: on plain digits. *Can a method that trains more numbers have a larger loss on the left?*
+
+# %%
+made, axes = plots.panels(2, width=11.4, height=4.0)
+shown = [kind for kind in methods if kind != "base"]
+marks = dict(zip(users, [style.DATA, style.MODEL, style.GUIDED, "#CC79A7"], strict=True))
+for ax, what, title in zip(axes, ("test loss", "plain test loss"), ("in the user's hand", "plain digits"), strict=True):
+    for user, color in marks.items():
+        grown = [of(what, kind, user) / of(what, "base", user) for kind in shown]
+        ax.plot(grown, range(len(shown)), "o", color=color, alpha=0.85, label=user)
+    ax.axvline(1, color=style.EXACT, linewidth=1)
+    ax.set(yticks=range(len(shown)), yticklabels=shown if ax is axes[0] else [], title=title)
+    ax.set_xlabel("loss, in units of the base's")
+    ax.invert_yaxis()
+axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+made
+
+# %%
+for user in ("thin", "shoe"):
+    ahead = all(of("test loss", kind, user) < of("test loss", "full", user) for kind in lora)
+    claim(f"{user}: LoRA of every rank has a smaller held-out loss than full fine-tuning", ahead)
+claim(
+    "shoe: full fine-tuning has a larger one than the base",
+    of("test loss", "full", "shoe") > of("test loss", "base", "shoe"),
+)
+less = all(of("plain test loss", "LoRA, r = 2", user) < of("plain test loss", "full", user) for user in users)
+claim("LoRA of rank 2 forgets less than full fine-tuning, for each user", less)
+
+# %% [markdown]
+# TODO(table): checked with one seed. A hundred images are few, and a million parameters can learn them by heart. For *thin* and *shoe* full fine-tuning does better on its hundred images than on others: it overfits. What it draws still looks like the user's, so the distance does not tell. A low rank cannot store as much, and that protects it.
+#
+# **Forgetting** goes with what was learned: who moves far towards a user moves away from plain digits, and *shoe*, who changed one sign in ten, forgets least. But with LoRA, adapters and a prefix the base is still there. Take the update away, and it is back, bit by bit. After full fine-tuning, or with tuned biases, it is back only if somebody kept a copy.
 
 # %%
 print(f"{'':>24}  parameters      kB   Fréchet distance:" + "".join(f"{user:>9}" for user in users) + "   as asked")
@@ -1224,7 +1256,7 @@ claim("loss on plain digits: more than the base's", plain_now[1] > 1.2 * plain_n
 plots.rows([before, after, held_out[::10]], labels=["base", "with bold's update", "bold's own"])
 
 # %% [markdown]
-# The first two rows come from the same noise. TODO(look): The same digits, heavier, and leaning to the left. The third row is what bold writes; it was not used in the training.
+# The first two rows come from the same noise. The digits have become as heavy as bold's. Their slant has only begun to change: 100 steps are few. The third row is what bold writes, and was not used in the training.
 #
 # ### 7.5 Switch users
 #
@@ -1245,7 +1277,7 @@ def as_user(user):
 widgets.explore(as_user, user=(["base", *users], "bold"))
 
 # %% [markdown]
-# TODO(look).
+# All frames come from the same noise. *thin*'s digits are slender and lean to the right, *bold*'s heavy and to the left. *shoe*'s are the base's, all but the 7, which is on its way to being a shoe. For *clothes* there are outlines of garments, and not much more: a hundred images and rank 2 are little for a new world.
 #
 # ### 7.6 A little of this, a little of that
 #
@@ -1258,9 +1290,7 @@ def mixture_of(bold, thin):
     return draw(everyone, more_noise, twenty)
 
 
-widgets.explore(
-    mixture_of, bold=([0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0], 0.5), thin=([0.0, 0.25, 0.5, 0.75, 1.0], 0.0)
-)
+widgets.explore(mixture_of, bold=([0.0, 0.25, 0.5, 1.0, 1.5, 2.0], 0.5), thin=([0.0, 0.25, 0.5, 0.75, 1.0], 0.0))
 
 # %% [markdown]
 # To see more than an impression, measure the digits. *Ink* is the mean brightness of an image. *Slant* is how many pixels a digit moves to the right for one that it rises: the slope of a line through its pixels, each weighted by its ink.
@@ -1270,7 +1300,7 @@ up, across = torch.meshgrid(torch.arange(13.5, -14, -1), torch.arange(-13.5, 14)
 
 
 def ink_and_slant(x):
-    """Means over images, without the labels 1 and 7, whose slope is their own."""
+    """Means over images."""
     p = ((x[:, 0] + 1) / 2).clamp(min=0)
     mass = p.sum((1, 2), keepdim=True)
     rise, run = (axis - (p * axis).sum((1, 2), keepdim=True) / mass for axis in (up, across))
@@ -1300,9 +1330,24 @@ claim("more of bold, more ink", (of_bold[:5, 0].diff() > 0).all())
 claim("and more to the left", (of_bold[:5, 1].diff() < 0).all())
 
 # %% [markdown]
-# TODO(look): how straight the lines are; what 1.5 does; whether the half-half mixture is the mean.
+# A surprise, perhaps: both measures move nearly along straight lines, and half of each lies near the mean of the two. With $w = 1.5$ the digits are bolder than bold. (At 2 they fall apart, as the slider shows. That is what merging twice does.)
 #
-# Nothing promises this. The sum of two updates is the mean of two *weights*, and a network is not linear in its weights. For two users who ask for changes of one kind it may work. It need not for users who disagree about what a 7 is.
+# Nothing promises this. The sum of two updates is the mean of two *weights*, and a network is not linear in its weights. It works for a quantity that has a middle, such as slant. What is the middle of a 7 and a shoe?
+
+# %%
+seven, from_noise = torch.full((10,), 7), torch.randn(10, 1, 28, 28, generator=g)
+
+
+def half_a_shoe(w):
+    peft.activate(everyone.net, shoe=w)
+    return draw(everyone, from_noise, seven)
+
+
+steps_of_w = [0.0, 0.25, 0.5, 0.75, 1.0]
+plots.rows([half_a_shoe(w) for w in steps_of_w], labels=[f"w = {w:g}" for w in steps_of_w])
+
+# %% [markdown]
+# Up to a half most are still sevens. At 1 they are shoes of a sort. In between comes no blend of the two, but something that is neither; and each noise goes over at a weight of its own.
 #
 # ## 8. A language model, too
 #
@@ -1350,7 +1395,7 @@ torch.manual_seed(0)
 peft.add_lora(coder, ("query", "key", "value", "attention.out", "perceptron.0", "perceptron.2"), rank=4, alpha=8.0)
 trained = count(peft.trainable(coder).values())
 print(f"{trained:,} numbers are trained, {100 * trained / count(language.parameters()):.0f} % of the model's")
-steps = training.scaled(cpu=100, gpu=1000)
+steps = training.scaled(cpu=80, gpu=1000)
 settings = {"lr": 5e-3, "ema": 0.9, "weight_decay": 0.0, "precision": "float32", "progress": False}
 coder = training.fit(coder, language_loss, pieces_of_code, steps=steps, **settings).ema
 
@@ -1376,7 +1421,7 @@ def sheet(texts):
 
 # %%
 def write(model, prompt, seed=0):
-    return generate(model, prompt, 220, temperature=0.6, generator=torch.Generator().manual_seed(seed))
+    return generate(model, prompt, 220, temperature=0.5, generator=torch.Generator().manual_seed(seed))
 
 
 sheet({"base": write(language, "claim("), "with the update": write(coder, "claim(")})
@@ -1389,6 +1434,8 @@ sheet({"base": write(language, "claim("), "with the update": write(coder, "claim
 # The library [PEFT](https://huggingface.co/docs/peft) is what most people use. Do our classes compute the same? The test needs no download. We build a small model of the family Llama from a *configuration*, with random weights; give the library's update to ours through its file, and ours to the library; and compare logits.
 
 # %%
+import warnings
+
 missing = [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]
 if missing:
     print(f"To run sections 8.2 and 8.3: pip install {' '.join(missing)}. The rest of the notebook does without.")
@@ -1489,8 +1536,8 @@ quietly(compare_prefix)
 # |---|---|---|---|---|---|
 # | $\log p_\theta(x)$ | a bound | none | **exact** | a bound | **exact**, up to the solver |
 # | what is trained | the bound | a game of two | $\log p_\theta$ itself | a weighted bound | the same |
-# | sampling from the model | exact, 1 evaluation | exact, 1 | exact, 1 pass of the inverse | exact, $T$ | up to the solver, some 10 |
-# | the code of a given $x$ | an approximate $q(z\mid x)$ | none | **exact**, one $z$ | noise is added; it decides nothing | exact, up to the solver |
+# | drawing from the model | exact, 1 evaluation | exact, 1 | exact, 1 | exact, $T$ | up to the solver, 10 or more |
+# | the code of a given $x$ | an approximate $q(z\mid x)$ | none | **exact**, one $z$ | a fixed $q(x_T\mid x)$, which knows next to nothing of $x$ | exact, up to the solver |
 # | asked of the network | any | any | invertible, a cheap determinant | any | any |
 # | size of the latent | free | free | that of $x$ | that of $x$, $T$ times | that of $x$ |
 # | what is approximate | $q$ for the posterior | the discriminator, for a divergence | nothing (of pixels: dequantisation) | the step back as a Gaussian, the network | the network, the solver |
@@ -1505,7 +1552,7 @@ quietly(compare_prefix)
 # %%
 modes, widths = torch.tensor([-1.07, 0.18, 1.09], dtype=double), torch.tensor([0.10, 0.17, 0.14], dtype=double)
 line = toy.GaussianMixture(modes[:, None], widths**2, torch.tensor([0.40, 0.25, 0.35], dtype=double))
-path, points = Cosine(), line.sample(200, g)
+path, points = Cosine(), line.sample(200, torch.Generator().manual_seed(0))
 exact, ideal = line.log_prob(points), line.denoiser(path)
 
 small = 1e-5
@@ -1521,13 +1568,14 @@ chain_steps, entropy = [1, 2, 4, 8, 16, 32, 64, 128, 256], -exact.mean()
 bounds = {"beta": [], "posterior": []}
 for variance, T in ((variance, T) for variance in bounds for T in chain_steps if T > 1 or variance == "beta"):
     x = points.repeat(16, 1)  # each point so many times
-    terms = likelihood.bound(ideal, path, x, path.times(T), variance=variance, generator=g)
+    own = torch.Generator().manual_seed(T)
+    terms = likelihood.bound(ideal, path, x, path.times(T), variance=variance, generator=own)
     bounds[variance].append(terms.sum(0).mean())
 with_beta, with_posterior = (torch.stack(values) for values in bounds.values())
 
 # %%
 gap = with_beta - entropy
-claim("chain with β: its bound lies above the mean of −log p, for every T up to 128", (gap[:-1] > 0).all())
+claim("chain with β: its bound lies above the mean of −log p, for every T up to 64", (gap[:-2] > 0).all())
 claim("it tightens from T = 1 to 32", (gap[:6].diff() < 0).all())
 claim("and at T = 256 it is within 0.1 nats", gap[-1].abs() < 0.1)
 one_normal = torch.distributions.Normal(line.mean, 1.0).log_prob(points).mean()

@@ -1595,14 +1595,14 @@ PREFIX = Exercise(
         ),
         "you cut the heads across the tokens": (
             prefix_cut_in_rows,
-            "A head has d numbers of each token: reshape to (…, N, heads, d) first, and then exchange N and heads.",
+            "A head has D/H numbers of each token: reshape to (…, N, H, D/H) first, and then exchange N and H.",
         ),
         "you divided by the root of the whole width": (
             prefix_whole_width,
-            "d is what one head has: width / heads.",
+            "Divide by the root of what one head has, D/H numbers.",
         ),
-        "you did not divide the scores": (prefix_no_root, "The scores are q·k/√d."),
-        "you used one head": (prefix_no_heads, "Each head has its own softmax over its own d numbers."),
+        "you did not divide the scores": (prefix_no_root, "The scores are q·k/√(D/H)."),
+        "you used one head": (prefix_no_heads, "Each head has scores from its own D/H numbers, and a softmax of its own."),
         "you exchanged the prefix's keys and values": (
             prefix_exchanged,
             "prefix[0] holds the keys, prefix[1] the values.",
