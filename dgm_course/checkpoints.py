@@ -70,7 +70,7 @@ def load(name: str, folder: str | Path = FOLDER) -> Denoiser | nn.Module:
 
 
 def build(card: dict) -> Denoiser | nn.Module:
-    """The denoiser that a card describes, or the network itself if it does not say what it `"predicts"`, with fresh weights.
+    """The denoiser that a card describes, with fresh weights; or the network itself, if it `"classifies"` or is a language model.
 
     A card names the class and the settings of the network, `"net": {"class": "UNet", …}`, and likewise of the path; or
     of a whole `"model"`, a flow, a VAE or a GAN.
@@ -80,7 +80,7 @@ def build(card: dict) -> Denoiser | nn.Module:
         return {"RealNVP": flows.RealNVP, "ConvVAE": vae.ConvVAE, "ConvGAN": gan.ConvGAN}[model.pop("class")](**model)
     net = dict(card["net"])
     net = getattr(nets, net.pop("class"))(**net)
-    if "predicts" not in card:  # a classifier, or a language model
+    if "classifies" in card or isinstance(net, nets.LanguageModel):
         return net
     return Denoiser(net, path_of(card), predicts=card["predicts"], learned_variance=card.get("learned_variance", False))
 

@@ -399,7 +399,7 @@ def notebook(*cells: str | list[str]) -> str:
 NOTEBOOKS = {
     "02_b.ipynb": notebook("# Later: größer.\n", "z = 1"),
     "01_a.ipynb": notebook(
-        ["# A title\n", "One: $x$ stays.\n", "$$y =\n", "z$$\n", "Two."],
+        ["# A title\n", "One: $x$ stays.\n", "$$y =\n", "z$$\n", "Two.\n", "$$x$$\n", "Three."],
         "import sys\n",
         "print(sys.path)",
         "# Said once.",
@@ -419,7 +419,7 @@ def test_cut_of_texts(tmp_path, embedded):
     cut.cut_text(str(sources))
     texts = {name: (embedded / f"{name}.txt").read_text(encoding="utf-8") for name in data.TEXTS}
     assert texts == {
-        "prose": "# A title\nOne: $x$ stays.\n\nTwo.\n\n# Said once.\n\n# Later: größer.",
+        "prose": "# A title\nOne: $x$ stays.\n\nTwo.\n\nThree.\n\n# Said once.\n\n# Later: größer.",
         "code": "import sys\n\nprint(sys.path)\n\nz = 1",
     }
     assert bytes(data.text("code").tolist()).decode() == texts["code"][:30]  # of 34; and the hash fits

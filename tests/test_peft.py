@@ -105,6 +105,7 @@ def tiny_dit(kind: str = "adaLN-Zero") -> DiT:
 
 IMAGES = (torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.linspace(0.1, 0.9, 4))
 TOLD = (*IMAGES, torch.tensor([0, 3, 1, 2]))
+TOKENS = (torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1)),)
 TEXT = (torch.randint(256, (2, 7), generator=torch.Generator().manual_seed(1)),)
 TRANSFORMERS = {
     **{kind: (lambda kind=kind: tiny_dit(kind), TOLD) for kind in ("adaLN-Zero", "cross-attention", "in-context")},
@@ -121,11 +122,9 @@ TARGETS = {
         12,
     ),
     "language": (*TRANSFORMERS["language"], INSIDE, 12),
-    "attention": (lambda: lively(Attention(12, 3)), (torch.randn(2, 5, 12),), ("query", "value"), 2),
+    "attention": (lambda: lively(Attention(12, 3)), TOKENS, ("query", "value"), 2),
 }
 all_targets = pytest.mark.parametrize("make, given, targets, count", TARGETS.values(), ids=TARGETS)
-
-
 PLACES = ("enter", "body.0", "body.2")
 
 
@@ -254,7 +253,7 @@ def test_an_update_is_an_explicit_weight(make):
     base = make().double()
     layer, x = LoRA(base), food(base)
     for k, name in enumerate(("bold", "thin")):
-        layer.add(name, rank=2 + k, alpha=0.7 + k)
+        layer.add(name, rank=2 + 18 * k, alpha=0.7 + k)  # more than the layers' sides, which does no harm
         assert layer.active == {name: 1.0}
     trained(layer)
     for weights in ({"thin": 1.0}, {"bold": 0.4}, {"bold": 0.5, "thin": -1.5}, {"thin": 2.0, "bold": 0.0}, {}):
@@ -279,7 +278,7 @@ def test_two_updates_are_one_of_both_ranks():
     model, x = updated(1, ("bold", "thin"), torch.float64), wide(4, 6)
     activate(model, bold=0.3, thin=2.0)
     expected = model(x)
-    one = add_lora(unmerge(copy.deepcopy(model)), PLACES, rank=3, name="both")
+    one = add_lora(copy.deepcopy(model), PLACES, rank=3, name="both")
     for layer in layers_of(one).values():
         with torch.no_grad():
             layer.down["both"].weight.copy_(torch.cat([layer.down[name].weight for name in ("bold", "thin")]))
@@ -337,15 +336,11 @@ def test_the_best_update_is_eckart_youngs(rank):
 
 
 def test_parameters():
-    """r(d + k) for a layer of d × k, r(CK² + d) for a convolution, r at most the least side; only the newest update learns."""
+    """r(d + k) for a layer of d × k, r(CK² + d) for a convolution; only the newest update learns, and no base."""
     for make in LAYERS.values():
         base = make()
         model = add_lora(nn.Sequential(base), ("0",), rank=2)
         assert sum(p.numel() for p in trainable(model).values()) == 2 * (base.weight[0].numel() + len(base.weight))
-    for base, most in ((nn.Linear(7, 5), 5), (nn.Conv2d(2, 9, 3), 9), (nn.Conv2d(2, 30, 3), 18)):
-        add_lora(nn.Sequential(base), ("0",), rank=most)
-        with refused(other := nn.Sequential(base), f"^rank must be a whole number from 1 to {most}, .* got {most + 1}"):
-            add_lora(other, ("0",), rank=most + 1)
     model = add_lora(model, ("0",), rank=1, name="newer")
     assert set(trainable(model)) == {"0.down.newer.weight", "0.up.newer.weight"}
 
@@ -432,9 +427,8 @@ UNKNOWN = r"^weights must name updates of the model, bold, thin; got 'blod'"
     (lambda m: add_lora(m, "enter", rank=1, name="new"), r"^targets must be several names, such as \('enter',\); got one", TypeError),
     (lambda m: add_lora(m, ("enter", "gelu"), rank=1, name="new"), "^base must be nn.Linear or nn.Conv2d; got GELU", TypeError),
     (lambda m: add_lora(m, ("enter", "body"), rank=1, name="new"), "^base must be nn.Linear or nn.Conv2d; got Sequential", TypeError),
-    (lambda m: add_lora(m, ("body.0", "body.2"), rank=6, name="new"), "^rank must be a whole number from 1 to 5, .* got 6", ValueError),
-    (lambda m: add_lora(m, ("enter",), rank=0, name="new"), "^rank must be a whole number from 1 to 6, .* got 0", ValueError),
-    (lambda m: add_lora(m, ("enter",), rank=2.0, name="new"), "^rank must be a whole number .* got 2.0", ValueError),
+    (lambda m: add_lora(m, ("enter",), rank=0, name="new"), "^rank must be a whole number of at least 1; got 0", ValueError),
+    (lambda m: add_lora(m, ("enter",), rank=2.0, name="new"), "^rank must be a whole number of at least 1; got 2.0", ValueError),
     (lambda m: add_lora(m, ("enter", "body.2"), rank=1, name="thin"), "^name must be new; there is an update 'thin'", ValueError),
     (lambda m: add_lora(m, ("enter",), rank=1, name="bold"), "^name must be new; there is an update 'bold'", ValueError),
     (lambda m: add_lora(m, ("enter",), rank=1, name="a.b"), "^name must be a word without a dot; got 'a.b'", ValueError),
@@ -826,13 +820,11 @@ def test_every_block_reads_its_part(make, given, hidden):
             block.attention.forward = lambda h, own=block.attention, part=keys_values, causal=causal: typed_attention(
                 own, h, None, part, causal
             )[1]
-        near(out, typed(*given), 1e-6)
+        near(out, typed(*given))
         assert (out - before).abs().max() > 1e-3
-    numbers = 6 * 2 * 2 * 16 // 2 if hidden is None else 3 * 16 + (16 + 1) * 6 + (6 + 1) * 64
-    assert sum(p.numel() for p in trainable(model).values()) == numbers
-    assert all(name.startswith("prefix.") for name in trainable(model)) and trainable(model).keys() == {
-        f"prefix.{name}" for name, _ in model.prefix.named_parameters()
-    }
+    size = 3 * 2 * 2 * 16 if hidden is None else 3 * 16 + (16 + 1) * 6 + (6 + 1) * 2 * 2 * 16
+    assert sum(p.numel() for p in trainable(model).values()) == size
+    assert set(trainable(model)) == {f"prefix.{name}" for name, _ in model.prefix.named_parameters()}
 
 
 @pytest.mark.parametrize("kind, tokens", [("adaLN-Zero", 4), ("cross-attention", 4), ("in-context", 6)])
@@ -870,7 +862,8 @@ def test_a_folded_prefix_says_the_same(make, given):
     assert fold(model) is model
     assert torch.equal(model(*given), expected) and torch.equal(model.prefix(), table)
     assert set(trainable(model)) == {"prefix.table.weight"} and model.prefix.table.weight.shape == (3, 2 * 2 * 16)
-    assert torch.equal(fold(model)(*given), expected)
+    folded = model.prefix.table
+    assert torch.equal(fold(model)(*given), expected) and model.prefix.table is folded
     model(*given).square().sum().backward()
     assert model.prefix.table.weight.grad.any()
 
@@ -1087,7 +1080,8 @@ def test_a_file_holds_a_and_b_alone(model, tmp_path):
 
 
 def test_prints_are_sha256_of_the_weights(model):
-    """Of the base's parameters in their order, byte by byte, whatever stands beside them, is merged, or how they lie in memory."""
+    """Of the base's parameters in their order, byte by byte, whatever stands beside them, is merged, or how they lie in memory; of 0
+    and −0, which are equal, both are 0."""
     base = plain_of(model)
     expected = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in base.parameters())).hexdigest()
     assert {
@@ -1098,8 +1092,10 @@ def test_prints_are_sha256_of_the_weights(model):
     } == {expected}
     assert fingerprint(copy.deepcopy(model)) == expected == fingerprint(unmerge(model))
     assert fingerprint(merged(activate(model, bold=1.0))) != expected
-    image = nn.Sequential(nn.Conv2d(3, 4, 2)).requires_grad_(False)
+    image = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Conv2d(4, 3, 1)).requires_grad_(False)
+    image[0].bias[1] = 0.0
     before = fingerprint(image)
+    image[0].bias[1] = -0.0
     assert fingerprint(image.to(memory_format=torch.channels_last)) == before != fingerprint(image.bfloat16())
 
 
@@ -1314,6 +1310,7 @@ DAMAGE = {
     "a bias more": lambda s: s | {f"{ROOT}body.0.lora_B.bias": torch.ones(8)},
     "a weight of the base": lambda s: s | {f"{ROOT}body.0.weight": torch.ones(8, 8)},
     "without the root": lambda s: {key.removeprefix(ROOT): value for key, value in s.items()},
+    "a layer of an update": lambda s: {key.replace("body.0", "body.0.base"): value for key, value in s.items()},
     "another rank in A": lambda s: s | {A: torch.ones(2, 8)},
     "another rank in B": lambda s: s | {B: torch.ones(8, 2)},
     "another rank in both": lambda s: s | {A: torch.ones(2, 8), B: torch.ones(8, 2)},

@@ -28,7 +28,8 @@ def slanted(x: Tensor, slope: float) -> Tensor:
         >>> slanted(x, 1.0)[0, 0].argmax(1).tolist()
         [4, 3, 2, 1, 0]
     """
-    rows = x.new_tensor([[1.0, slope, 0.0], [0.0, 1.0, 0.0]]).expand(len(x), -1, -1)
+    height, width = x.shape[-2:]  # the grid's units are half a height and half a width
+    rows = x.new_tensor([[1.0, slope * height / width, 0.0], [0.0, 1.0, 0.0]]).expand(len(x), -1, -1)
     grid = torch.nn.functional.affine_grid(rows, list(x.shape), align_corners=False)
     return torch.nn.functional.grid_sample(x + 1, grid, align_corners=False) - 1  # outside is 0, the background −1
 

@@ -80,7 +80,7 @@ def add_adapters(model: nn.Module, *, bottleneck: int, placement: str = "Houlsby
     if any(isinstance(layer, Adapter) for layer in model.modules()):
         raise ValueError("model must not have adapters yet; build it anew for others")
     device = next(model.parameters())
-    width = blocks[0].perceptron[-1].out_features
+    width = model.norm.normalized_shape[0]
 
     def new() -> Adapter:
         return Adapter(width, bottleneck).to(device)
@@ -89,7 +89,8 @@ def add_adapters(model: nn.Module, *, bottleneck: int, placement: str = "Houlsby
     freeze(model)
     for block, (after_attention, after_perceptron) in zip(blocks, made, strict=True):
         if after_attention is not None:
-            block.attention.out = nn.Sequential(block.attention.out, after_attention)
+            attention = getattr(block.attention, "attention", block.attention)  # behind a prefix
+            attention.out = nn.Sequential(attention.out, after_attention)
         block.perceptron.append(after_perceptron)
     return model
 

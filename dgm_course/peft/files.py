@@ -10,12 +10,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as write_tensors
 from torch import nn
 
-from dgm_course.peft.lora import LoRA, activate, add_lora, lora_layers
+from dgm_course.peft.lora import LoRA, activate, lora_layers, put_lora
 
 __all__ = ["fingerprint", "load_lora", "save_lora"]
 
 ROOT = "base_model.model."  # what PEFT's wrappers put before a layer's name
 UNREAD = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+REFUSED = UNREAD | {"alora_invocation_tokens": None, "use_bdlora": None, "kasa_config": None}
+BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base's weights too
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -23,6 +25,7 @@ def fingerprint(model: nn.Module) -> str:
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> from dgm_course.peft import add_lora
         >>> before = fingerprint(model)
         >>> fingerprint(add_lora(model, ["0"], rank=1)) == before
         True
@@ -101,18 +104,14 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default") -> nn
             raise FileNotFoundError(
                 f"folder must hold adapter_config.json and adapter_model.safetensors; there is no {folder / file}"
             )
-    config, tensors, base = _read(folder)
+    rank, alpha, tensors, base = _read(folder)
     if base is not None and base != fingerprint(model):
         raise ValueError(
             f"{folder} was trained on another base: fingerprint {base[:12]}…, this model's is {fingerprint(model)[:12]}…"
         )
-    places = sorted(
-        {key.removeprefix(ROOT).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
-    )
-    for place in places:
-        _fits(model, place, tensors, folder)
-    alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
-    add_lora(model, places, rank=config["r"], alpha=alpha, name=name)
+    places = sorted({key.removeprefix(ROOT)[: -len(".lora_A.weight")] for key in tensors})
+    layers = {place: _fitting(model, place, rank, tensors, folder) for place in places}
+    put_lora(model, layers, rank, alpha, name)
     for place in places:
         layer = model.get_submodule(place)
         layer.down[name].weight.copy_(tensors[f"{ROOT}{place}.lora_A.weight"])
@@ -120,17 +119,20 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default") -> nn
     return activate(model, **{name: 1.0})
 
 
-def _read(folder: Path) -> tuple[dict, dict, str | None]:
-    """The settings, the tensors and the base's fingerprint; refused if damaged or if they ask for more than LoRA."""
+def _read(folder: Path) -> tuple[int, float, dict, str | None]:
+    """Rank, α, the tensors and the base's fingerprint; refused if damaged or if they ask for more than LoRA."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             tensors, base = {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get("base")
-        rank = config["r"]
-        more = {key: config[key] for key, usual in UNREAD.items() if config.get(key) not in (usual, None)}
+        lora = config.get("peft_type") == "LORA"
+        rank, alpha = (int(config["r"]), float(config["lora_alpha"])) if lora else (0, 0.0)
+        more = {key: config[key] for key, usual in REFUSED.items() if config.get(key) not in (usual, None)}
+        if (beginning := config.get("init_lora_weights")) not in BEGINNINGS:
+            more["init_lora_weights"] = beginning
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{folder} holds no update that can be read: {type(error).__name__}, {error}") from error
-    if config.get("peft_type") != "LORA" or more:
+    if not lora or more:
         raise ValueError(f"{folder} must hold a plain LoRA; got {more or config.get('peft_type')}")
     strange = [
         key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight")) or not key.startswith(ROOT)
@@ -138,29 +140,30 @@ def _read(folder: Path) -> tuple[dict, dict, str | None]:
     if (
         strange
         or not tensors
-        or any(t.shape[0] != rank for key, t in tensors.items() if key.endswith(".lora_A.weight"))
+        or any(key.replace(".lora_A.", ".lora_B.") not in tensors for key in tensors)
+        or any(key.replace(".lora_B.", ".lora_A.") not in tensors for key in tensors)
     ):
         raise ValueError(
             f"{folder} must hold lora_A of rank {rank} and lora_B for each layer; got {strange or sorted(tensors)}"
         )
-    return config, tensors, base
+    return rank, alpha * (rank**0.5 if config.get("use_rslora") else 1), tensors, base
 
 
-def _fits(model: nn.Module, place: str, tensors: dict, folder: Path) -> None:
-    """Raise unless the model has the layer, and A and B are of its shape."""
-    try:
-        layer = model.get_submodule(place)
-    except AttributeError:
-        raise ValueError(f"{folder} was trained on another base: this model has no layer {place}") from None
+def _fitting(model: nn.Module, place: str, rank: int, tensors: dict, folder: Path) -> nn.Module:
+    """The layer of the model, if it has one there of which A and B have the shape."""
+    layers = dict(model.named_modules())
+    layer, around = layers.get(place), layers.get(place.rpartition(".")[0])
+    if layer is None or isinstance(around, LoRA):
+        raise ValueError(f"{folder} was trained on another base: this model has no layer {place}")
     weight = getattr(layer.base if isinstance(layer, LoRA) else layer, "weight", None)
-    a, b = tensors[f"{ROOT}{place}.lora_A.weight"], tensors.get(f"{ROOT}{place}.lora_B.weight")
-    if b is None:
-        raise ValueError(f"{folder} is incomplete: it has no lora_B for {place}")
-    if weight is None or a.shape[1:] != weight.shape[1:] or b.shape[:1] != weight.shape[:1] or b.shape[1] != a.shape[0]:
-        found = None if weight is None else tuple(weight.shape)
+    a, b = (tuple(tensors[f"{ROOT}{place}.lora_{letter}.weight"].shape) for letter in "AB")
+    found = None if weight is None else tuple(weight.shape)
+    if found is None or a != (rank, *found[1:]) or b != (found[0], rank, *[1] * len(found[2:])):
         raise ValueError(
-            f"{folder} was trained on another base: {place} has shape {found}, its A and B {tuple(a.shape)} and {tuple(b.shape)}"
+            f"{folder} was trained on another base, or with another rank than {rank}: "
+            f"{place} has shape {found}, its A and B {a} and {b}"
         )
+    return layer
 
 
 def _replace(file: Path, content: bytes) -> None:

@@ -62,6 +62,8 @@ class LoRA(nn.Module):
             raise ValueError(f"rank must be a whole number of at least 1; got {rank!r}")
         if name in self.down:
             raise ValueError(f"name must be new; there is an update {name!r} already")
+        if hasattr(self.down, name):  # a module of that name would hide what every module has
+            raise ValueError(f"name must not be one that every module has, such as 'train'; got {name!r}")
 
     def add(self, name: str, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
         """Add an update; it becomes the only active one."""
@@ -151,8 +153,6 @@ def add_lora(
     """
     if isinstance(targets, str):
         raise TypeError(f"targets must be several names, such as ({targets!r},); got one string")
-    if not name or "." in name:
-        raise ValueError(f"name must be a word without a dot; got {name!r}")
     layers = dict(model.named_modules())
     inside = tuple(f"{place}." for place, layer in layers.items() if isinstance(layer, LoRA))
     found = {}
@@ -160,24 +160,40 @@ def add_lora(
         chosen = {
             place: layer
             for place, layer in layers.items()
-            if (place == target or place.endswith("." + target)) and not place.startswith(inside)
+            if place and (place == target or place.endswith("." + target)) and not place.startswith(inside)
         }
         if not chosen:
             raise ValueError(f"targets must name layers of the model; none is called {target!r}")
         found |= chosen
-    new = {place: layer if isinstance(layer, LoRA) else LoRA(layer) for place, layer in found.items()}
+    return put_lora(model, found, rank, float(rank if alpha is None else alpha), name, generator)
+
+
+def put_lora(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    rank: int,
+    alpha: float,
+    name: str,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """`add_lora` for layers by their whole names, and no others."""
+    if not name or "." in name:
+        raise ValueError(f"name must be a word without a dot; got {name!r}")
+    if not layers:
+        raise ValueError("targets must name layers of the model; got none")
+    new = {place: layer if isinstance(layer, LoRA) else LoRA(layer) for place, layer in layers.items()}
     _unmerged(model, "adding an update")
     for layer in new.values():  # all before one is put in place, so that an error leaves the model as it was
         layer.check(name, rank)
     freeze(model)
     for place, layer in new.items():
-        layer.add(name, rank, float(rank if alpha is None else alpha), generator)
+        layer.add(name, rank, alpha, generator)
         parent, _, child = place.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return activate(model, **{name: 1.0})
 
 
-def activate(model: nn.Module, **weights: float) -> nn.Module:
+def activate(model: nn.Module, /, **weights: float) -> nn.Module:
     """Choose which updates are added, and how much of each, in every layer of a model: `activate(model, bold=1.0)`.
 
     Several are added: `activate(model, bold=0.5, thin=0.5)`. None is the base alone: `activate(model)`.

@@ -43,7 +43,7 @@ class Prefix(nn.Module):
     def __init__(self, length: int, layers: int, width: int, hidden: int | None = None):
         super().__init__()
         for name, value in {"length": length, "layers": layers, "width": width, "hidden": hidden}.items():
-            if value is not None and not (isinstance(value, int) and value >= 1):
+            if not (isinstance(value, int) and value >= 1) and (value, name) != (None, "hidden"):
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
         numbers, self.shape = 2 * layers * width, (layers, 2, width)
         self.table = nn.Embedding(length, width if hidden else numbers)
@@ -128,7 +128,7 @@ def add_prefix(model: nn.Module, *, length: int, hidden: int | None = None) -> n
     if hasattr(model, "prefix"):
         raise ValueError("model must not have a prefix yet; build it anew for another")
     weight = next(model.parameters())
-    prefix = Prefix(length, len(blocks), blocks[0].attention.query.in_features, hidden).to(weight)
+    prefix = Prefix(length, len(blocks), model.norm.normalized_shape[0], hidden).to(weight)
     freeze(model)
     model.prefix = prefix
     for i, block in enumerate(blocks):

@@ -1602,7 +1602,10 @@ PREFIX = Exercise(
             "Divide by the root of what one head has, D/H numbers.",
         ),
         "you did not divide the scores": (prefix_no_root, "The scores are q·k/√(D/H)."),
-        "you used one head": (prefix_no_heads, "Each head has scores from its own D/H numbers, and a softmax of its own."),
+        "you used one head": (
+            prefix_no_heads,
+            "Each head has scores from its own D/H numbers, and a softmax of its own.",
+        ),
         "you exchanged the prefix's keys and values": (
             prefix_exchanged,
             "prefix[0] holds the keys, prefix[1] the values.",
