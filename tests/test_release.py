@@ -278,12 +278,15 @@ def test_the_stamped_cell_installs_this_release_or_what_the_environment_says(cou
 SHARED = frozenset(
     {
         "for_inrange(rounds):",
+        "fori,blockinenumerate(blocks):",
         "foroneineps:",
         "fort,sinpairwise(times.tolist()):",
         "keep=sigma_s/sigma_t",
         "middle=(low+high)/2",
+        "returnfound",
         "returntorch.stack(terms)",
         "returnvalues.flatten(1).sum(1)",
+        "returnweight",
         "std=(0.5*log_var).exp()",
         "t,s=times[:-1],times[1:]",
         "withtorch.enable_grad():",

@@ -80,13 +80,15 @@ class PrefixAttention(nn.Module):
         self.attention, self.read = attention, read
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
-        _, v = self._keys_values(h if context is None else context)
-        return self.attention.out((self.weights(h, context) @ v).transpose(1, 2).flatten(2))
+        k, v = self._keys_values(h if context is None else context)
+        return self.attention.out((self._weights(h, k) @ v).transpose(1, 2).flatten(2))
 
     def weights(self, h: Tensor, context: Tensor | None = None) -> Tensor:
         """Who looks at whom: (B, heads, N, P + M), the prefix first."""
+        return self._weights(h, self._keys_values(h if context is None else context)[0])
+
+    def _weights(self, h: Tensor, k: Tensor) -> Tensor:
         q = self.attention._split(self.attention.query(h))
-        k, _ = self._keys_values(h if context is None else context)
         scores = q @ k.mT / q.shape[-1] ** 0.5
         if isinstance(self.attention, CausalAttention):
             scores = scores.masked_fill(later(q.shape[2], k.shape[2]).to(h.device), -torch.inf)

@@ -466,7 +466,7 @@ for r in (1, 3, 8):
     floor = S[r:].square().sum()
     cut = U[:, :r] * S[:r] @ Vt[:r]
     off = (M - cut).square().sum() - floor
-    claim(f"r = {r}: the truncated sum leaves Σ σ_i² of the others, to 1e-10", off.abs() < 1e-10)
+    claim(f"r = {r}: the cut sum leaves Σ σ_i² of the others, to 1e-10", off.abs() < 1e-10)
     A = normal(r, 20)
     for _ in range(3000):
         B = M @ torch.linalg.pinv(A)
