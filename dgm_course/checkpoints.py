@@ -105,15 +105,15 @@ def save(name: str, model: Denoiser | nn.Module, card: dict, folder: str | Path)
             raise ValueError(f"model: its weight {key} is not finite in float16")
     content = write_tensors(tensors)
     card = {**card, "sha256": hashlib.sha256(content).hexdigest()}
-    _replace(folder / f"{name}.safetensors", content)
-    _replace(folder / f"{name}.json", (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
+    replace(folder / f"{name}.safetensors", content)
+    replace(folder / f"{name}.json", (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _net(model: Denoiser | nn.Module) -> nn.Module:
     return model.net if isinstance(model, Denoiser) else model
 
 
-def _replace(file: Path, content: bytes) -> None:
+def replace(file: Path, content: bytes) -> None:
     """Write beside, then rename: a crash leaves the old file or the new one, never half of one."""
     part = file.with_name(file.name + ".part")
     part.write_bytes(content)

@@ -48,7 +48,7 @@ def personalise(card: dict, source: str | None = None, out: Path | None = None) 
     """Fine-tune the card's base for its "user" as it "tunes", and score it: one row of a table.
 
     Arguments:
-        card: With "checkpoint", "user", "tunes", "seed", "images", "steps", "batch", "fit" and "scored with".
+        card: A row of a recipe such as `mnist-users`, whose settings it has.
         source: The data, as in `data.load`.
         out: Folder for a LoRA, in PEFT's form; None to keep the scores alone.
 

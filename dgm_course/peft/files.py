@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as write_tensors
 from torch import nn
 
+from dgm_course.checkpoints import replace
 from dgm_course.peft.lora import LoRA, activate, lora_layers, put_lora
 
 __all__ = ["fingerprint", "load_lora", "save_lora"]
@@ -76,8 +76,8 @@ def save_lora(model: nn.Module, folder: str | Path, name: str = "default") -> Pa
     } | UNREAD
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "adapter_model.safetensors", write_tensors(tensors, {"format": "pt", "base": fingerprint(model)}))
-    _replace(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    replace(folder / "adapter_model.safetensors", write_tensors(tensors, {"format": "pt", "base": fingerprint(model)}))
+    replace(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
     return folder / "adapter_model.safetensors"
 
 
@@ -164,10 +164,3 @@ def _fitting(model: nn.Module, place: str, rank: int, tensors: dict, folder: Pat
             f"{place} has shape {found}, its A and B {a} and {b}"
         )
     return layer
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write beside, then rename: a crash leaves the old file or the new one, never half of one."""
-    part = file.with_name(file.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, file)

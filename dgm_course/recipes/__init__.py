@@ -35,7 +35,7 @@ def train(name: str, source: str | None = None, out: str | Path = "runs", steps:
     """Run a recipe to its end, write the checkpoint and its card to `out`, and return the card.
 
     A recipe that says what to `vary` trains once for each combination, keeps the scores alone, and writes them as a table.
-    One that names a `checkpoint` trains nothing: it measures what each sampler makes of it.
+    One that names a `checkpoint` trains no network from scratch: it measures what each sampler makes of it, or fine-tunes it for users.
 
     Arguments:
         name: One of `names()`.
@@ -79,17 +79,14 @@ def train(name: str, source: str | None = None, out: str | Path = "runs", steps:
 
 
 def _data(card: dict, split: str, source: str | None) -> tuple[Tensor, Tensor]:
-    """Images and labels, or a text's bytes, which are what is read and what is to be said."""
+    """Images and labels, in a user's hand if the card names one; or a text's bytes, which are what is read and what is to be said."""
     if card["data"] in data.TEXTS:
         x = data.text(card["data"], split)
         return x, x
+    if "hand" in card and split == "train":
+        return personal.few(card["hand"], card["seed"], card["images for a user"], source)
     if "hand" in card:
-        few = split == "train"
-        return (
-            personal.few(card["hand"], card["seed"], card["images for a user"], source)
-            if few
-            else hands.pages(card["hand"], split, source)
-        )
+        return hands.pages(card["hand"], split, source)
     return data.images(data.load(card["data"], split, source))
 
 
